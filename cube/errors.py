@@ -1,0 +1,131 @@
+"""What can go wrong, and what each side is told.
+
+ServingError
+ ├─ BadRequest         the caller must change the request
+ ├─ NotServed          no such model, table or version here
+ ├─ Overloaded         try again, or elsewhere
+ ├─ ShardUnavailable   a shard did not answer
+ ├─ DeadlineExceeded   the caller's time is up
+ ├─ DataCorrupt        bytes on disk or wire are not what was written
+ ├─ BadData            a data file holds something it must not; only commands meet it
+ ├─ BadConfig          flags, environment and files do not make a server; only start-up meets it
+ └─ Internal           a fault of ours; the details are in the server's log, not in the reply
+
+A message names the place first, then what was found and what was expected. The status codes live here and nowhere
+else: doors and channels translate by `ServingError.wire`, nothing parses a message.
+"""
+
+from typing import NamedTuple
+
+
+class Wire(NamedTuple):
+    """How an error leaves the process."""
+
+    grpc: str  # name of a gRPC status code: this module needs no grpc
+    http: int
+    retry: bool  # may a client send the same request again?
+
+
+class ServingError(Exception):
+    """Base of everything this project raises on purpose. Its text is one line and safe to show to the caller."""
+
+    wire = Wire("INTERNAL", 500, retry=False)
+
+
+class _Unexpected(ServingError):
+    """An error of the form place, found, expected."""
+
+    def __init__(self, place: str, found: object, expected: object):
+        super().__init__(f"{place}: found {found}, expected {expected}")
+        self.place, self.found, self.expected = place, str(found), str(expected)
+
+
+class BadRequest(_Unexpected):
+    """The request can never succeed as it stands."""
+
+    wire = Wire("INVALID_ARGUMENT", 400, retry=False)
+
+
+class BadData(_Unexpected):
+    """A line of a data file, an array file or an argument of a command is not what it must be."""
+
+    wire = Wire("INVALID_ARGUMENT", 400, retry=False)
+
+
+class BadConfig(_Unexpected):
+    """A server cannot start with what it was given."""
+
+    wire = Wire("FAILED_PRECONDITION", 412, retry=False)
+
+
+class DataCorrupt(_Unexpected):
+    """Bytes on disk or on the wire are not what was written."""
+
+    wire = Wire("DATA_LOSS", 500, retry=False)
+
+
+class NotServed(ServingError):
+    """No such model, table or version here. `served` is what there is."""
+
+    wire = Wire("NOT_FOUND", 404, retry=False)
+
+    def __init__(self, what: str, served: list[str]):
+        super().__init__(f"{what}: not served here, which serves {', '.join(served) if served else 'none'}")
+        self.what, self.served = what, served
+
+
+class Overloaded(ServingError):
+    """A limit on what may be in flight is reached."""
+
+    wire = Wire("RESOURCE_EXHAUSTED", 429, retry=True)
+
+
+class ShardUnavailable(ServingError):
+    """Shard `shard` did not answer."""
+
+    wire = Wire("UNAVAILABLE", 503, retry=True)
+
+    def __init__(self, shard: int, endpoint: str, cause: object):
+        super().__init__(f"cube shard {shard}: no answer from {endpoint} ({cause})")
+        self.shard, self.endpoint = shard, endpoint
+
+
+class Unavailable(ServingError):
+    """Nothing answers at an endpoint, or what answers is shutting down."""
+
+    wire = Wire("UNAVAILABLE", 503, retry=True)
+
+
+class DeadlineExceeded(ServingError):
+    """The caller's deadline passed before the answer was there."""
+
+    wire = Wire("DEADLINE_EXCEEDED", 504, retry=False)
+
+
+class Unimplemented(ServingError):
+    """A method or a feature that is not here."""
+
+    wire = Wire("UNIMPLEMENTED", 501, retry=False)
+
+
+class Internal(ServingError):
+    """A fault of ours."""
+
+
+_BY_STATUS: dict[str, type[ServingError]] = {
+    "INVALID_ARGUMENT": BadRequest,
+    "NOT_FOUND": NotServed,
+    "RESOURCE_EXHAUSTED": Overloaded,
+    "UNAVAILABLE": Unavailable,
+    "DEADLINE_EXCEEDED": DeadlineExceeded,
+    "DATA_LOSS": DataCorrupt,
+    "UNIMPLEMENTED": Unimplemented,
+}
+
+
+def from_wire(status: str, message: str) -> ServingError:
+    """The error a peer meant by a gRPC status name and message. Its facts stay in the text: only the type travels."""
+    kind = _BY_STATUS.get(status, Internal)
+    error = kind.__new__(kind)
+    Exception.__init__(error, message)
+    return error

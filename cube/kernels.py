@@ -1,0 +1,80 @@
+"""What a numeric kernel is here, and the few instructions that kernels share.
+
+A kernel is a function over arrays that numba compiles: it releases the GIL, allocates little, raises nothing, and is
+compiled once per installation (numba keeps the machine code beside the source, in __pycache__). A checked wrapper
+calls it.
+"""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import njit, types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+U = np.uint64
+
+
+def kernel(function: Callable[..., Any]) -> Any:
+    """Compile on first call, keep on disk, run without the GIL."""
+    return njit(nogil=True, cache=True)(function)
+
+
+def inlined(function: Callable[..., Any]) -> Any:
+    """A helper that becomes part of the kernels that call it."""
+    return njit(inline="always")(function)
+
+
+def _prefetch(typingctx: Any, array: Any, index: Any) -> Any:
+    """Ask the CPU to bring array[index]'s cache line. `array` is one-dimensional, `index` is np.intp.
+
+    LLVM's llvm.prefetch (address, 0 = for reading, 3 = keep in all cache levels, 1 = data cache).
+    """
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        data = context.make_array(signature.args[0])(context, builder, args[0]).data
+        address = builder.bitcast(builder.gep(data, [args[1]]), ir.IntType(8).as_pointer())
+        i32 = ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [ir.IntType(8).as_pointer(), i32, i32, i32])
+        instruction: Any = cgutils.get_or_insert_function  # type: ignore[assignment,unused-ignore]
+        builder.call(
+            instruction(builder.module, kind, "llvm.prefetch.p0"),
+            [address, *(ir.Constant(i32, value) for value in (0, 3, 1))],
+        )
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp), codegen
+
+
+prefetch: Any = intrinsic(_prefetch)
+
+
+@inlined
+def mix(h: np.uint64) -> np.uint64:
+    """MurmurHash3's 64-bit finaliser: every input bit reaches every output bit, and no two inputs collide."""
+    h ^= h >> U(33)
+    h *= U(0xFF51AFD7ED558CCD)
+    h ^= h >> U(33)
+    h *= U(0xC4CEB9FE1A85EC53)
+    return h ^ (h >> U(33))
+
+
+@inlined
+def scaled(h: np.uint64, n: np.uint64) -> np.uint64:
+    """floor(h * n / 2**64) for n < 2**32: a hash becomes a number below n without a division (Lemire 2016)."""
+    return ((h >> U(32)) * n + (((h & U(0xFFFFFFFF)) * n) >> U(32))) >> U(32)
+
+
+def warm(kernels: list[Any], run: Callable[[], object], say: Callable[[str], None]) -> None:
+    """Run `run`, which calls each of `kernels`, so that no request waits for a compiler; `say` so if one has to run."""
+    cold = [k for k in kernels if not list(Path(k._cache.cache_path).glob(f"*.{k.__name__}-*.nbi"))]
+    if cold:
+        say(f"compiling {len(cold)} kernels, once per installation")
+    begin = time.perf_counter()
+    run()
+    if cold:
+        say(f"compiled in {time.perf_counter() - begin:.1f} s")

@@ -1,0 +1,91 @@
+from google.protobuf.internal import containers as _containers
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class Version(_message.Message):
+    __slots__ = ("base", "delta")
+    BASE_FIELD_NUMBER: _ClassVar[int]
+    DELTA_FIELD_NUMBER: _ClassVar[int]
+    base: int
+    delta: int
+    def __init__(self, base: _Optional[int] = ..., delta: _Optional[int] = ...) -> None: ...
+
+class LookupRequest(_message.Message):
+    __slots__ = ("tables",)
+    TABLES_FIELD_NUMBER: _ClassVar[int]
+    tables: _containers.RepeatedCompositeFieldContainer[TableKeys]
+    def __init__(self, tables: _Optional[_Iterable[_Union[TableKeys, _Mapping]]] = ...) -> None: ...
+
+class TableKeys(_message.Message):
+    __slots__ = ("table", "version", "keys")
+    TABLE_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    KEYS_FIELD_NUMBER: _ClassVar[int]
+    table: str
+    version: Version
+    keys: bytes
+    def __init__(self, table: _Optional[str] = ..., version: _Optional[_Union[Version, _Mapping]] = ..., keys: _Optional[bytes] = ...) -> None: ...
+
+class LookupReply(_message.Message):
+    __slots__ = ("tables",)
+    TABLES_FIELD_NUMBER: _ClassVar[int]
+    tables: _containers.RepeatedCompositeFieldContainer[TableRows]
+    def __init__(self, tables: _Optional[_Iterable[_Union[TableRows, _Mapping]]] = ...) -> None: ...
+
+class TableRows(_message.Message):
+    __slots__ = ("version", "dim", "rows", "found", "absent")
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    DIM_FIELD_NUMBER: _ClassVar[int]
+    ROWS_FIELD_NUMBER: _ClassVar[int]
+    FOUND_FIELD_NUMBER: _ClassVar[int]
+    ABSENT_FIELD_NUMBER: _ClassVar[int]
+    version: Version
+    dim: int
+    rows: bytes
+    found: bytes
+    absent: int
+    def __init__(self, version: _Optional[_Union[Version, _Mapping]] = ..., dim: _Optional[int] = ..., rows: _Optional[bytes] = ..., found: _Optional[bytes] = ..., absent: _Optional[int] = ...) -> None: ...
+
+class StatusRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class StatusReply(_message.Message):
+    __slots__ = ("shard", "shards", "tables", "lookups")
+    SHARD_FIELD_NUMBER: _ClassVar[int]
+    SHARDS_FIELD_NUMBER: _ClassVar[int]
+    TABLES_FIELD_NUMBER: _ClassVar[int]
+    LOOKUPS_FIELD_NUMBER: _ClassVar[int]
+    shard: int
+    shards: int
+    tables: _containers.RepeatedCompositeFieldContainer[TableStatus]
+    lookups: int
+    def __init__(self, shard: _Optional[int] = ..., shards: _Optional[int] = ..., tables: _Optional[_Iterable[_Union[TableStatus, _Mapping]]] = ..., lookups: _Optional[int] = ...) -> None: ...
+
+class TableStatus(_message.Message):
+    __slots__ = ("table", "versions", "keys_found", "keys_absent")
+    TABLE_FIELD_NUMBER: _ClassVar[int]
+    VERSIONS_FIELD_NUMBER: _ClassVar[int]
+    KEYS_FOUND_FIELD_NUMBER: _ClassVar[int]
+    KEYS_ABSENT_FIELD_NUMBER: _ClassVar[int]
+    table: str
+    versions: _containers.RepeatedCompositeFieldContainer[TableVersion]
+    keys_found: int
+    keys_absent: int
+    def __init__(self, table: _Optional[str] = ..., versions: _Optional[_Iterable[_Union[TableVersion, _Mapping]]] = ..., keys_found: _Optional[int] = ..., keys_absent: _Optional[int] = ...) -> None: ...
+
+class TableVersion(_message.Message):
+    __slots__ = ("version", "dim", "keys", "file_bytes")
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    DIM_FIELD_NUMBER: _ClassVar[int]
+    KEYS_FIELD_NUMBER: _ClassVar[int]
+    FILE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    version: Version
+    dim: int
+    keys: int
+    file_bytes: int
+    def __init__(self, version: _Optional[_Union[Version, _Mapping]] = ..., dim: _Optional[int] = ..., keys: _Optional[int] = ..., file_bytes: _Optional[int] = ...) -> None: ...

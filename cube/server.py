@@ -1,0 +1,64 @@
+"""Composition root of cube-server: settings → tables → service → port."""
+
+import logging
+from pathlib import Path
+
+import numpy as np
+
+from cube import kernels
+from cube.errors import BadConfig
+from cube.pb.cube_config_pb2 import CubeConfig
+from cube.rpc.process import Process, run
+from cube.service import DEFAULT_MAX_KEYS, CubeService
+from cube.storage import index
+from cube.table import Table, open_tables
+
+log = logging.getLogger(__name__)
+
+
+def checked(config: CubeConfig, shard: int) -> CubeConfig:
+    """The settings with defaults filled in; raises BadConfig for what cannot be served."""
+    settled = CubeConfig()
+    settled.CopyFrom(config)
+    if not 0 <= shard < len(config.shard):
+        raise BadConfig("--shard", shard, f"0 to {len(config.shard) - 1}: the cube has {len(config.shard)} shards")
+    settled.data = config.data or "cube-data"
+    settled.listen = config.listen or config.shard[shard].address
+    if not settled.listen:
+        raise BadConfig(f"shard {shard}", "no address", "an address in the configuration, or --listen host:port")
+    settled.keep_versions = config.keep_versions or 2
+    settled.max_keys = config.max_keys or DEFAULT_MAX_KEYS
+    return settled
+
+
+def serve(config: CubeConfig, shard: int, tables: dict[str, Table]) -> None:
+    """Serve until SIGINT or SIGTERM. `config` as `checked` returns it."""
+
+    async def main(process: Process) -> None:
+        kernels.warm(index.KERNELS, lambda: _touch(tables), log.info)
+        service = CubeService(tables, shard, len(config.shard), config.max_keys)
+        await process.serve(service.handlers(), config.listen, lambda bound: _announcement(bound, service))
+
+    run(main)
+
+
+def _announcement(bound: str, service: CubeService) -> str:
+    tables = ", ".join(
+        f"{t.name} {v} ({t.segment(v).header.keys:,} rows × {t.segment(v).header.dim} f32)"
+        for t in service.tables.values()
+        for v in t.versions
+    )
+    return f"cube-server: shard {service.shard} of {service.shards} listening on {bound}, serves {tables}"
+
+
+def _touch(tables: dict[str, Table]) -> None:
+    """One lookup per segment, straight at the segment so that nothing is counted."""
+    for table in tables.values():
+        for version in table.versions:
+            segment = table.segment(version)
+            segment.lookup(np.zeros(1, np.uint64), np.empty((1, segment.header.dim), np.float32), np.empty(1, np.bool_))
+
+
+def open_shard(config: CubeConfig, shard: int) -> dict[str, Table]:
+    """The tables that `config` names, for one shard."""
+    return open_tables(Path(config.data), shard, len(config.shard), config.keep_versions)

@@ -1,0 +1,64 @@
+"""Answers lookups: the same behind every door."""
+
+import numpy as np
+
+from cube.errors import NotServed
+from cube.pb import cube_pb2 as pb
+from cube.rpc.calls import Call, Handler, parse
+from cube.table import Table, check_keys
+from cube.version import Version
+
+LOOKUP, STATUS = "/cube_serving.cube.Cube/Lookup", "/cube_serving.cube.Cube/Status"
+DEFAULT_MAX_KEYS = 4 << 20
+
+
+class CubeService:
+    """The tables of one shard. Owned by the event loop."""
+
+    def __init__(self, tables: dict[str, Table], shard: int, shards: int, max_keys: int = DEFAULT_MAX_KEYS):
+        self.tables, self.shard, self.shards = tables, shard, shards
+        self._max_keys = max_keys
+        self._lookups = 0
+
+    def handlers(self) -> dict[str, Handler]:
+        """By gRPC path."""
+        return {LOOKUP: self.lookup, STATUS: self.status}
+
+    def lookup(self, message: bytes, call: Call) -> bytes:
+        """LookupRequest → LookupReply; raises BadRequest, NotServed, DeadlineExceeded."""
+        request, reply = parse(pb.LookupRequest, message), pb.LookupReply()
+        for asked in request.tables:
+            call.remaining_s(at_most=1.0)  # nobody waits for an answer after the deadline
+            table = self.tables.get(asked.table)
+            if table is None:
+                raise NotServed(f"table {asked.table!r}", sorted(self.tables))
+            version = Version(asked.version.base, asked.version.delta) if asked.HasField("version") else table.newest
+            keys = check_keys(f"table {asked.table!r} keys", asked.keys, self._max_keys)
+            dim = table.segment(version).header.dim
+            rows, found = np.empty((keys.size, dim), np.float32), np.empty(keys.size, np.bool_)
+            absent = table.lookup(version, keys, rows, found)
+            reply.tables.add(
+                version=pb.Version(base=version.base, delta=version.delta),
+                dim=dim,
+                rows=rows.tobytes(),
+                found=found.tobytes(),
+                absent=absent,
+            )
+        self._lookups += 1
+        return reply.SerializeToString()
+
+    def status(self, message: bytes, call: Call) -> bytes:
+        """StatusRequest → StatusReply."""
+        parse(pb.StatusRequest, message)
+        reply = pb.StatusReply(shard=self.shard, shards=self.shards, lookups=self._lookups)
+        for table in self.tables.values():
+            status = reply.tables.add(table=table.name, keys_found=table.keys_found, keys_absent=table.keys_absent)
+            for version in table.versions:
+                header = table.segment(version).header
+                status.versions.add(
+                    version=pb.Version(base=version.base, delta=version.delta),
+                    dim=header.dim,
+                    keys=header.keys,
+                    file_bytes=header.file_bytes,
+                )
+        return reply.SerializeToString()

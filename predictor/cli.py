@@ -1,0 +1,68 @@
+"""predictor-server: parsing and printing only."""
+
+import argparse
+import asyncio
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from cube.cli import conf_file, endpoints, guarded, log_to_stderr
+from cube.config import settle
+from predictor.pb.predictor_config_pb2 import PredictorConfig
+
+DEFAULT_CONF = Path("conf/predictor.prototxt")
+
+
+def server(argv: Sequence[str] | None = None) -> int:
+    """predictor-server."""
+    parser = argparse.ArgumentParser(
+        prog="predictor-server",
+        description="Serve models over gRPC (Open Inference Protocol v2, as KServe and Triton speak it): what "
+        "prune-program wrote, or any torch.export program. Once it answers it prints one line: where it listens, what "
+        "it serves, which versions. Ctrl-C stops it.",
+        epilog="Settings come from flags, then PREDICTOR_<FIELD> in the environment, then the file; its fields are "
+        "described in proto/predictor_config.proto.",
+    )
+    parser.add_argument("--model", action="append", metavar="DIR", help="directory to serve; may be repeated")
+    parser.add_argument(
+        "--conf", metavar="FILE", help=f"configuration (default: {DEFAULT_CONF} if it exists and no --model is given)"
+    )
+    parser.add_argument(
+        "--listen", metavar="HOST:PORT", help="address to listen on; port 0 takes a free one (default: 127.0.0.1:8500)"
+    )
+    parser.add_argument(
+        "--cube",
+        metavar="CUBE",
+        help="cube.prototxt, or host:port of each shard, comma separated (default: the model's local cube)",
+    )
+    parser.add_argument(
+        "--max-samples", type=int, metavar="N", help="largest number of samples in one request (default: 65536)"
+    )
+    parser.add_argument("--cube-wait-s", type=int, metavar="S", help="longest wait for the cube at start (default: 30)")
+    parser.add_argument(
+        "--cube-timeout-ms", type=int, metavar="MS", help="longest wait for the rows of one request (default: 2000)"
+    )
+    parser.add_argument(
+        "--compute-threads", type=int, metavar="N", help="requests computed at once (default: the number of cores)"
+    )
+    parser.add_argument("--check", action="store_true", help="load everything, serve nothing")
+    args = parser.parse_args(argv)
+
+    def work() -> int:
+        from predictor import server as predictor_server  # here, so that --help does not wait for torch
+
+        default = None if args.model else conf_file(None, DEFAULT_CONF)
+        conf = Path(args.conf) if args.conf else default
+        config = predictor_server.checked(settle(PredictorConfig(), conf, "PREDICTOR", os.environ, vars(args)))
+        shards = endpoints(config.cube) if config.cube else []
+        if args.check:
+            loaded = asyncio.run(predictor_server.check(config, shards))
+            print(
+                f"predictor-server: would serve {', '.join(f'{m.name} {m.version}' for m in loaded)} on {config.listen}"
+            )
+            return 0
+        predictor_server.serve(config, shards)
+        return 0
+
+    log_to_stderr("predictor-server")
+    return guarded("predictor-server", work)

@@ -1,0 +1,1 @@
+"""Entrances: each translates one protocol to the service and back, nothing else."""

@@ -1,0 +1,1 @@
+"""What runs dense nets, one file each."""

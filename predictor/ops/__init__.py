@@ -1,0 +1,1 @@
+"""The steps a workflow is made of, one file each."""

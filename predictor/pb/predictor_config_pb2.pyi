@@ -1,0 +1,41 @@
+from google.protobuf.internal import containers as _containers
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable
+from typing import ClassVar as _ClassVar, Optional as _Optional
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class PredictorConfig(_message.Message):
+    __slots__ = ("model", "listen", "cube", "max_samples", "cube_wait_s", "cube_timeout_ms", "compute_threads")
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    LISTEN_FIELD_NUMBER: _ClassVar[int]
+    CUBE_FIELD_NUMBER: _ClassVar[int]
+    MAX_SAMPLES_FIELD_NUMBER: _ClassVar[int]
+    CUBE_WAIT_S_FIELD_NUMBER: _ClassVar[int]
+    CUBE_TIMEOUT_MS_FIELD_NUMBER: _ClassVar[int]
+    COMPUTE_THREADS_FIELD_NUMBER: _ClassVar[int]
+    model: _containers.RepeatedScalarFieldContainer[str]
+    listen: str
+    cube: str
+    max_samples: int
+    cube_wait_s: int
+    cube_timeout_ms: int
+    compute_threads: int
+    def __init__(self, model: _Optional[_Iterable[str]] = ..., listen: _Optional[str] = ..., cube: _Optional[str] = ..., max_samples: _Optional[int] = ..., cube_wait_s: _Optional[int] = ..., cube_timeout_ms: _Optional[int] = ..., compute_threads: _Optional[int] = ...) -> None: ...
+
+class ClientConfig(_message.Message):
+    __slots__ = ("target", "model", "data", "batch", "concurrency", "timeout_ms")
+    TARGET_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    BATCH_FIELD_NUMBER: _ClassVar[int]
+    CONCURRENCY_FIELD_NUMBER: _ClassVar[int]
+    TIMEOUT_MS_FIELD_NUMBER: _ClassVar[int]
+    target: str
+    model: str
+    data: str
+    batch: int
+    concurrency: int
+    timeout_ms: int
+    def __init__(self, target: _Optional[str] = ..., model: _Optional[str] = ..., data: _Optional[str] = ..., batch: _Optional[int] = ..., concurrency: _Optional[int] = ..., timeout_ms: _Optional[int] = ...) -> None: ...

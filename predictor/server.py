@@ -1,0 +1,78 @@
+"""Composition root of predictor-server: settings → cube → models → service → doors → port."""
+
+import logging
+import os
+from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+from cube.client import RemoteCube
+from cube.errors import BadConfig
+from cube.rpc.process import Process, run
+from predictor import models
+from predictor.doors.kserve import KServeDoor
+from predictor.pb.predictor_config_pb2 import PredictorConfig
+from predictor.service import InferenceService
+
+log = logging.getLogger(__name__)
+
+
+def checked(config: PredictorConfig) -> PredictorConfig:
+    """The settings with defaults filled in; raises BadConfig for what cannot be served."""
+    settled = PredictorConfig()
+    settled.CopyFrom(config)
+    if not config.model:
+        raise BadConfig("model", "none", "a directory that prune-program wrote: --model DIR")
+    settled.listen = config.listen or "127.0.0.1:8500"
+    settled.max_samples = config.max_samples or 65_536
+    settled.cube_wait_s = config.cube_wait_s or 30
+    settled.cube_timeout_ms = config.cube_timeout_ms or 2_000
+    settled.compute_threads = config.compute_threads or os.cpu_count() or 1
+    return settled
+
+
+def serve(config: PredictorConfig, endpoints: list[str]) -> None:
+    """Serve until SIGINT or SIGTERM.
+
+    `config` as `checked` returns it; endpoints: the cube's shards, none for local cubes.
+    """
+
+    async def main(process: Process) -> None:
+        async with _models(config, endpoints) as loaded:
+            handlers = KServeDoor(InferenceService(loaded)).handlers()
+            await process.serve(handlers, config.listen, lambda bound: _announcement(bound, loaded))
+
+    run(main)
+
+
+async def check(config: PredictorConfig, endpoints: list[str]) -> list[models.Model]:
+    """Load everything, serve nothing."""
+    async with _models(config, endpoints) as loaded:
+        return loaded
+
+
+@asynccontextmanager
+async def _models(config: PredictorConfig, endpoints: list[str]) -> AsyncIterator[list[models.Model]]:
+    """The models that `config` names, loaded; released when the block ends."""
+    cube = RemoteCube(endpoints) if endpoints else None
+    loaded: list[models.Model] = []
+    with ThreadPoolExecutor(config.compute_threads, "compute") as threads:
+        settings = models.Settings(threads, cube, config.max_samples, config.cube_timeout_ms / 1e3, config.cube_wait_s)
+        try:
+            for directory in config.model:
+                model = await models.load(Path(directory), settings)
+                loaded.append(model)
+                if any(model.name == other.name for other in loaded[:-1]):
+                    raise BadConfig(directory, f"model {model.name!r} again", "another name")
+                log.info("loaded %s from %s", models.describe(model), directory)
+            yield loaded
+        finally:
+            for model in loaded:
+                await model.close()
+            if cube:
+                await cube.close()
+
+
+def _announcement(bound: str, loaded: list[models.Model]) -> str:
+    return f"predictor-server: listening on {bound}, serves {'; '.join(map(models.describe, loaded))}"

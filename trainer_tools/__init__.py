@@ -1,0 +1,3 @@
+"""trainer_tools: from a trained program to what is served."""
+
+__all__: list[str] = []

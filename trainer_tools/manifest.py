@@ -1,0 +1,127 @@
+"""The two JSON files that tie things together, strictly read.
+
+`signature.json` lies beside a trained program and says what its inputs mean; a trainer writes it, prune-program reads
+it. `manifest.json` lies beside a pruned program and says what it takes, which rows it reads and in which version, and
+where its outputs go; prune-program writes it, the predictor reads it. Dense and sparse move together because the
+manifest names both versions.
+"""
+
+from pathlib import Path
+from typing import Literal, TypeVar
+
+import msgspec
+
+from cube.errors import BadData
+from cube.version import Version
+
+SIGNATURE_FILE, MANIFEST_FILE = "signature.json", "manifest.json"
+SCHEMA = 1
+
+T = TypeVar("T", bound="_Strict")
+
+
+class _Strict(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Unknown, missing or mistyped fields are errors that name their path."""
+
+    schema: Literal[1]
+
+
+class Slot(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One sparse field of a request."""
+
+    name: str
+    number: int  # seed of the feature sign
+
+
+class TrainedLookup(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What the inputs of one embedding lookup of a trained program mean."""
+
+    ids: str  # program input, int64[keys]: row numbers
+    offsets: str  # program input, int64[samples * slots + 1]: each bag's first key, and the end
+    slots: list[Slot]
+    table: str
+    vocabulary: str  # file beside the program, uint64[v]: the key of row i; rows from v on are what an absent key reads
+
+
+class Signature(_Strict, frozen=True):
+    """signature.json"""
+
+    name: str
+    version: int  # of the program and, as base, of its tables; a trainer takes its start time in Unix seconds
+    program: str  # file beside this one
+    sign: str  # rule that made the keys: cube.keys.SIGN_RULE
+    lookups: list[TrainedLookup]
+
+
+class Tensor(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Name, datatype as in KServe (FP32, INT64, ...) and shape (-1 where it varies)."""
+
+    name: str
+    datatype: str
+    shape: list[int]
+
+
+class Program(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The dense program."""
+
+    file: str
+    format: Literal["torch.export"]
+    sha256: str
+
+
+class Lookup(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """One lookup that was cut out: request inputs → rows of `table` → pooled per slot → program input `feed`."""
+
+    keys: str  # request input UINT64 [K]; or raw texts, input `text`
+    text: str  # request input BYTES [K]: raw features to sign, instead of keys
+    lengths: str  # request input INT32 [samples, slots]: keys of each slot of each sample
+    slots: list[Slot]
+    table: str
+    pooling: Literal["mean", "sum"]  # of an empty slot: zeros; an absent key counts as a row of zeros
+    feed: str  # program input FP32 [samples * slots, dim]
+
+
+class Table(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """One table as the program was trained with it."""
+
+    version: str  # base@delta
+    dim: int
+    rows: int
+    absent: Literal["zeros"]  # what a key that is not there reads
+
+
+class Manifest(_Strict, frozen=True):
+    """manifest.json"""
+
+    name: str
+    version: int
+    program: Program
+    sign: str
+    inputs: list[Tensor]  # dense inputs, straight from request to program
+    lookups: list[Lookup]
+    tables: dict[str, Table]
+    outputs: list[Tensor]
+    cube: str | None  # directory beside this file that holds a local cube
+    source_sha256: str  # of the trained program
+    tool: str  # what wrote this
+
+    def table_versions(self) -> dict[str, tuple[Version, int]]:
+        """Version and dim of each table."""
+        return {name: (Version.parse(t.version, f"table {name!r}"), t.dim) for name, t in self.tables.items()}
+
+
+def read(kind: type[T], path: Path) -> T:
+    """Read a file of one of the kinds above; raises BadData naming file and field."""
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=kind)
+    except OSError as error:
+        raise BadData(str(path), error.strerror, f"a {kind.__name__.lower()}") from error
+    except msgspec.MsgspecError as error:
+        raise BadData(
+            str(path), f"JSON that does not fit ({error})", f"a {kind.__name__.lower()} of schema {SCHEMA}"
+        ) from error
+
+
+def write(value: _Strict, path: Path) -> None:
+    """Write what `read` reads, for people to read too."""
+    path.write_bytes(msgspec.json.format(msgspec.json.encode(value), indent=2) + b"\n")

@@ -1,0 +1,1 @@
+"""Program formats: read one, find its lookups, cut them out, write it."""

@@ -1,0 +1,239 @@
+"""torch.export programs (.pt2): read safely, describe, find embedding bags, cut them out, write.
+
+A .pt2 is a zip archive. torch's own loader unpickles parts of it when it finds them, so `load` looks first and
+refuses every archive that holds a pickle beyond what torch.load(weights_only=True) accepts.
+"""
+
+import io
+import json
+import operator
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import fx
+from torch.export import Dim, ExportedProgram
+
+from cube.errors import BadData
+from trainer_tools.manifest import Tensor
+
+DATATYPES = {
+    torch.bool: "BOOL", torch.uint8: "UINT8", torch.int8: "INT8", torch.int16: "INT16", torch.int32: "INT32",
+    torch.int64: "INT64", torch.float16: "FP16", torch.float32: "FP32", torch.float64: "FP64",
+}  # fmt: skip
+_POOLINGS = {0: "sum", 1: "mean"}  # numbers of aten.embedding_bag's `mode`
+_RECIPE = "a torch.export archive: torch.export.save(torch.export.export(model, example_inputs), 'program.pt2')"
+
+
+class Bag(NamedTuple):
+    """One embedding_bag of a program."""
+
+    node: str  # its name in the graph
+    weight: str  # name of the table's parameter
+    ids: str  # program inputs
+    offsets: str
+    pooling: str
+
+
+def load(path: Path) -> ExportedProgram:
+    """Read a program without unpickling anything of it; raises BadData."""
+    _refuse_pickles(path)
+    try:
+        return torch.export.load(path)
+    except Exception as error:  # torch raises whatever its parts raise
+        raise BadData(
+            str(path), f"an archive torch cannot read ({str(error).splitlines()[0][:200]})", _RECIPE
+        ) from error
+
+
+def save(program: ExportedProgram, path: Path) -> None:
+    """Write a program, without the example inputs it was traced with."""
+    program._example_inputs = None
+    torch.export.save(program, path)
+
+
+def inputs_of(program: ExportedProgram) -> list[Tensor]:
+    """Name, datatype and shape of each input, in order. Raises BadData for an input that is no tensor."""
+    names = program.graph_signature.user_inputs
+    nodes = {node.name: node for node in program.graph.nodes if node.op == "placeholder"}
+    return [_described(str(name), nodes[str(name)].meta.get("val"), f"input {name}") for name in names]
+
+
+def outputs_of(program: ExportedProgram) -> list[Tensor]:
+    """The same of each output; names are the keys of the dict the model returns, else output_0, output_1, ..."""
+    (values,) = next(node for node in program.graph.nodes if node.op == "output").args
+    values = values[-len(program.graph_signature.user_outputs) :]
+    spec = program.call_spec.out_spec
+    flat = (
+        spec is not None and issubclass(spec.type or tuple, dict) and all(child.is_leaf() for child in spec.children())
+    )
+    names = list(spec.context) if spec is not None and flat else [f"output_{i}" for i in range(len(values))]
+    return [_described(str(n), v.meta.get("val"), f"output {n}") for n, v in zip(names, values, strict=True)]
+
+
+def runnable(program: ExportedProgram) -> torch.nn.Module:
+    """The program as a module that takes its inputs by position and returns a tuple, with no per-call checks.
+
+    Callers check shapes and datatypes; the checks torch would add cost more than a small net.
+    """
+    module: Any = program.module(check_guards=False)
+    module.graph.set_codegen(fx.graph.CodeGen())
+    module.recompile()
+    return module  # type: ignore[no-any-return]
+
+
+def find_bags(program: ExportedProgram) -> list[Bag]:
+    """The embedding bags whose ids and offsets are inputs of the program. Raises BadData for one that cannot be cut."""
+    graph = program.module(check_guards=False).graph
+    return [_bag(node) for node in graph.nodes if _is_bag(node)]
+
+
+def weight(program: ExportedProgram, name: str) -> np.ndarray[Any, np.dtype[np.float32]]:
+    """A parameter as float32[rows, dim]; raises BadData for another dtype."""
+    tensor = program.state_dict[name].detach()
+    if tensor.dtype != torch.float32:
+        raise BadData(f"table {name}", str(tensor.dtype), "torch.float32")
+    array: np.ndarray[Any, np.dtype[np.float32]] = tensor.numpy()
+    return array
+
+
+def cut(program: ExportedProgram, feeds: dict[str, str]) -> ExportedProgram:
+    """The program without some bags and their tables.
+
+    feeds: name of each bag's node → name of the input that takes its place, float32[bags, dim]. Inputs nobody reads
+    any more go, the others keep their order, the new ones come last. The result is traced anew by torch.export, so
+    torch itself has checked it.
+    """
+    outputs = [tensor.name for tensor in outputs_of(program)]
+    module: Any = program.module(check_guards=False)
+    graph: fx.Graph = module.graph
+    graph.set_codegen(fx.graph.CodeGen())
+    last = [node for node in graph.nodes if node.op == "placeholder"][-1]
+    for node in [n for n in graph.nodes if n.name in feeds]:
+        pooled = next(user for user in node.users if user.target is operator.getitem and user.args[1] == 0)
+        with graph.inserting_after(last):
+            last = graph.placeholder(feeds[node.name])
+        last.meta["val"] = pooled.meta["val"]
+        pooled.replace_all_uses_with(last)
+    output = next(node for node in graph.nodes if node.op == "output")
+    output.args = (dict(zip(outputs, output.args[0], strict=True)),)
+    graph.eliminate_dead_code()
+    for node in [n for n in graph.nodes if n.op == "placeholder" and not n.users]:
+        graph.erase_node(node)
+    module.delete_all_unused_submodules()
+    whole = fx.GraphModule(module, graph)  # takes over only the parameters that the graph still names
+    whole.eval()
+    kept = [node for node in graph.nodes if node.op == "placeholder"]
+    examples, dims = _examples(kept, program)
+    return torch.export.export(whole, examples, dynamic_shapes=dims)
+
+
+def _examples(
+    nodes: Sequence[fx.Node], program: ExportedProgram
+) -> tuple[tuple[torch.Tensor, ...], tuple[dict[int, Any], ...]]:
+    """Inputs to trace with, and which of their dimensions vary how: as the first export said."""
+    symbols: dict[str, Any] = {}
+    sizes: dict[Any, int] = {}
+
+    def dim_of(size: Any) -> tuple[int, Any]:
+        """An example of a size, and its Dim if it varies."""
+        if isinstance(size, int):
+            return size, None
+        expression = size.node.expr
+        for symbol in sorted(expression.free_symbols, key=str):
+            if str(symbol) not in symbols:
+                bounds = program.range_constraints.get(symbol)
+                lower = int(bounds.lower) if bounds is not None else 0
+                symbols[str(symbol)] = Dim(f"d{len(symbols)}", min=lower)
+                sizes[symbol] = max(lower, 3 + 2 * len(sizes))
+        example = int(expression.subs(sizes))
+        if expression.is_symbol:
+            return example, symbols[str(expression)]
+        if len(expression.free_symbols) == 1:
+            (symbol,) = expression.free_symbols
+            slope, start = expression.coeff(symbol), expression.subs({symbol: 0})
+            if expression == slope * symbol + start and slope > 0:  # the only relation torch.export takes
+                relation = symbols[str(symbol)] if slope == 1 else int(slope) * symbols[str(symbol)]
+                return example, relation + int(start) if start else relation
+        return example, Dim.AUTO
+
+    examples, dims = [], []
+    for node in nodes:
+        value = node.meta["val"]
+        pairs = [dim_of(size) for size in value.shape]
+        examples.append(torch.zeros([size for size, _ in pairs], dtype=value.dtype))
+        dims.append({axis: dim for axis, (_, dim) in enumerate(pairs) if dim is not None})
+    return tuple(examples), tuple(dims)
+
+
+def _is_bag(node: fx.Node) -> bool:
+    return node.op == "call_function" and getattr(node.target, "_overloadpacket", None) is torch.ops.aten.embedding_bag
+
+
+def _bag(node: fx.Node) -> Bag:
+    schema: Any = node.target
+    given = dict(zip([a.name for a in schema._schema.arguments], node.args, strict=False)) | node.kwargs
+    table, ids, offsets = given["weight"], given["indices"], given["offsets"]
+    place = f"lookup {node.name}"
+    if not isinstance(table, fx.Node) or table.op != "get_attr":
+        raise BadData(f"{place} table", table, "a parameter of the program")
+    for name, value in (("ids", ids), ("offsets", offsets)):
+        if not isinstance(value, fx.Node) or value.op != "placeholder":
+            raise BadData(f"{place} {name}", f"{value}, computed in the graph", "an input of the program")
+    if given.get("mode", 0) not in _POOLINGS:
+        raise BadData(f"{place} mode", given["mode"], "0 (sum) or 1 (mean)")
+    if given.get("per_sample_weights") is not None:
+        raise BadData(f"{place} per_sample_weights", given["per_sample_weights"], "none")
+    if not given.get("include_last_offset", False):
+        raise BadData(f"{place} include_last_offset", False, "True: offsets of every bag and the end")
+    if given.get("padding_idx") is not None:
+        raise BadData(f"{place} padding_idx", given["padding_idx"], "none")
+    return Bag(node.name, str(table.target), str(ids.target), str(offsets.target), _POOLINGS[given.get("mode", 0)])
+
+
+def _described(name: str, value: Any, place: str) -> Tensor:
+    if not isinstance(value, torch.Tensor) or value.dtype not in DATATYPES:
+        raise BadData(
+            place, getattr(value, "dtype", type(value).__name__), f"a tensor of {', '.join(DATATYPES.values())}"
+        )
+    return Tensor(name, DATATYPES[value.dtype], [size if isinstance(size, int) else -1 for size in value.shape])
+
+
+def _refuse_pickles(path: Path) -> None:
+    """Raise BadData unless the archive is one that torch.export.load reads without unpickling objects."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            inside = {
+                PurePosixPath(name).relative_to(PurePosixPath(name).parts[0]): name for name in archive.namelist()
+            }
+            if (
+                PurePosixPath("archive_format") not in inside
+                or archive.read(inside[PurePosixPath("archive_format")]) != b"pt2"
+            ):
+                raise BadData(str(path), "a zip archive of another kind (TorchScript, torch.save?)", _RECIPE)
+            for part, name in inside.items():
+                if part.match("data/weights/*.pt") or part.match("data/constants/*.pt"):
+                    raise BadData(f"{path} {part}", "a pickle", "raw weights: save the program again with this torch")
+                if part.match("data/*/*_config.json"):
+                    _refuse_pickled_entries(json.loads(archive.read(name)), f"{path} {part}")
+                if part.match("data/sample_inputs/*") and (raw := archive.read(name)):
+                    torch.load(io.BytesIO(raw), weights_only=True)
+    except FileNotFoundError as error:
+        raise BadData(str(path), "no such file", _RECIPE) from error
+    except (OSError, zipfile.BadZipFile, ValueError) as error:
+        raise BadData(str(path), f"a file that is no zip archive ({error})", _RECIPE) from error
+    except Exception as error:
+        if isinstance(error, BadData):
+            raise
+        raise BadData(
+            f"{path} sample inputs", f"a pickle of objects ({type(error).__name__})", "tensors only"
+        ) from error
+
+
+def _refuse_pickled_entries(config: Any, place: str) -> None:
+    for name, entry in config.get("config", {}).items():
+        if entry.get("use_pickle") or not entry.get("path_name", "").startswith(("weight_", "tensor_")):
+            raise BadData(f"{place} {name}", "a pickle", "raw bytes of a contiguous CPU tensor")

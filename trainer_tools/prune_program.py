@@ -1,0 +1,297 @@
+"""prune-program: cut the lookups out of a trained program, and prove that what is left plus the rows is the same.
+
+model/signature.json, program.pt2, vocabulary.npy
+    → model.pruned/program.pt2      the dense program; each lookup's output is an input now
+      model.pruned/rows/TABLE/      keys.npy and rows.npy, for cube-build
+      model.pruned/cube/            the same rows as a one-shard cube, for a predictor without cube-servers
+      model.pruned/manifest.json    what ties them together
+"""
+
+import argparse
+import hashlib
+import importlib.metadata
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.export import ExportedProgram
+from tqdm import tqdm
+
+from cube import build
+from cube.client import LocalCube
+from cube.errors import BadData, DataCorrupt, ServingError
+from cube.keys import SIGN_RULE
+from cube.publish import publishing
+from cube.version import Version
+from trainer_tools import criteo, manifest
+from trainer_tools.export_rows import read_vocabulary, rows_of
+from trainer_tools.programs import torch_export
+from trainer_tools.programs.torch_export import Bag
+
+PROGRAM_FILE, ROWS_DIRECTORY, CUBE_DIRECTORY = "program.pt2", "rows", "cube"
+TOLERANCE = 1e-6  # float32 rounding of a score; lookups are exact, so anything above is a wrong row or a wrong cut
+
+
+class Cut(NamedTuple):
+    """A lookup and what the trainer said of it."""
+
+    bag: Bag
+    trained: manifest.TrainedLookup
+    vocabulary: NDArray[np.uint64]
+    feed: str
+
+
+class Samples(NamedTuple):
+    """Inputs to compare on, as the manifest's request has them.
+
+    Dense: [n, ...] by name; keys: uint64[k]; lengths: int64[n * slots].
+    """
+
+    dense: list[torch.Tensor]
+    keys: NDArray[np.uint64]
+    lengths: NDArray[np.int64]
+
+
+class Report(NamedTuple):
+    """What was done and found."""
+
+    out: Path
+    name: str
+    version: int
+    lookups: list[str]
+    ops: tuple[int, int]
+    program_bytes: tuple[int, int]
+    rows: int
+    compared: int  # samples
+    largest_difference: float
+
+    def __str__(self) -> str:
+        (ops_before, ops_after), (bytes_before, bytes_after) = self.ops, self.program_bytes
+        return "\n".join(
+            [
+                f"prune-program: {self.name} {self.version} → {self.out}",
+                *(f"  cut    {lookup}" for lookup in self.lookups),
+                f"  ops    {ops_before} → {ops_after}",
+                f"  bytes  {bytes_before:,} → {bytes_after:,}, {self.rows:,} rows exported",
+                f"  proof  original against pruned + rows on {self.compared:,} samples:"
+                f" largest difference {self.largest_difference:g}",
+            ]
+        )
+
+
+def prune(
+    directory: Path, out: Path, verify_samples: int = 256, verify_lines: Path | None = None, show_progress: bool = False
+) -> Report:
+    """Prune the program in `directory` into `out`, which appears complete or not at all.
+
+    An `out` that prune-program wrote before is replaced; any other existing directory is refused. Raises BadData for
+    what cannot be pruned, DataCorrupt if the result does not compute what the original does.
+    """
+    if out.exists() and not (out / manifest.MANIFEST_FILE).is_file():
+        raise BadData(str(out), "an existing path that prune-program did not write", "a new name: --out")
+    signature = manifest.read(manifest.Signature, directory / manifest.SIGNATURE_FILE)
+    if signature.sign != SIGN_RULE:
+        raise BadData(f"{directory / manifest.SIGNATURE_FILE} sign", repr(signature.sign), repr(SIGN_RULE))
+    source = directory / signature.program
+    program = torch_export.load(source)
+    cuts = _cuts(program, signature, directory)
+    pruned = torch_export.cut(program, {cut.bag.node: cut.feed for cut in cuts})
+    version = Version(signature.version)
+    with publishing(out, replace=True) as draft:
+        torch_export.save(pruned, draft / PROGRAM_FILE)
+        tables = {}
+        for table, cut in {cut.trained.table: cut for cut in cuts}.items():
+            weight = torch_export.weight(program, cut.bag.weight)
+            rows = rows_of(table, weight, cut.vocabulary)
+            build.write_rows(draft / ROWS_DIRECTORY / table, rows)
+            build.build(rows, draft / CUBE_DIRECTORY, table, version, shards=1)
+            tables[table] = manifest.Table(
+                version=str(version), dim=weight.shape[1], rows=cut.vocabulary.size, absent="zeros"
+            )
+        feeds = {cut.feed for cut in cuts}
+        result = manifest.Manifest(
+            schema=1,
+            name=signature.name,
+            version=signature.version,
+            program=manifest.Program(PROGRAM_FILE, "torch.export", _sha256(draft / PROGRAM_FILE)),
+            sign=signature.sign,
+            inputs=[tensor for tensor in torch_export.inputs_of(pruned) if tensor.name not in feeds],
+            lookups=[_lookup(cut, several=len(cuts) > 1) for cut in cuts],
+            tables=tables,
+            outputs=torch_export.outputs_of(pruned),
+            cube=CUBE_DIRECTORY,
+            source_sha256=_sha256(source),
+            tool=f"cube-serving {importlib.metadata.version('cube-serving')}",
+        )
+        manifest.write(result, draft / manifest.MANIFEST_FILE)
+        # the proof reads back what was written, not what is in memory
+        compared, difference = _verify(source, draft, cuts, verify_samples, verify_lines, show_progress)
+        if not difference <= TOLERANCE:
+            raise DataCorrupt(
+                f"{out} proof", f"scores that differ by {difference:g}", f"at most {TOLERANCE:g}: nothing was written"
+            )
+    return Report(
+        out,
+        signature.name,
+        signature.version,
+        [
+            f"{c.bag.node} over {c.bag.weight} ({c.bag.pooling}, {len(c.trained.slots)} slots) → input {c.feed}"
+            for c in cuts
+        ],
+        (_ops(program), _ops(pruned)),
+        (source.stat().st_size, (out / PROGRAM_FILE).stat().st_size),
+        sum(table.rows for table in tables.values()),
+        compared,
+        difference,
+    )
+
+
+def _cuts(program: ExportedProgram, signature: manifest.Signature, directory: Path) -> list[Cut]:
+    """Match the program's bags with what the signature says of its inputs."""
+    bags, place = torch_export.find_bags(program), str(directory / manifest.SIGNATURE_FILE)
+    if not bags:
+        raise BadData(
+            str(directory / signature.program), "no embedding_bag", "a lookup to cut; serve a dense program as it is"
+        )
+    said = {(lookup.ids, lookup.offsets): lookup for lookup in signature.lookups}
+    known = {(bag.ids, bag.offsets) for bag in bags}
+    if set(said) != known or len(said) != len(signature.lookups):
+        raise BadData(
+            f"{place} lookups", f"ids and offsets {sorted(said)}", f"those of the program's bags, {sorted(known)}"
+        )
+    owner: dict[str, str] = {}
+    for bag in bags:
+        table = said[bag.ids, bag.offsets].table
+        if owner.setdefault(table, bag.weight) != bag.weight:
+            raise BadData(f"{place} table {table!r}", f"parameters {owner[table]} and {bag.weight}", "one parameter")
+    return [
+        Cut(bag, lookup, read_vocabulary(directory / lookup.vocabulary), f"{bag.node}_pooled")
+        for bag in bags
+        for lookup in [said[bag.ids, bag.offsets]]
+    ]
+
+
+def _lookup(cut: Cut, several: bool) -> manifest.Lookup:
+    prefix = f"{cut.bag.ids}_" if several else ""  # one lookup: plain names
+    return manifest.Lookup(
+        keys=f"{prefix}keys",
+        text=f"{prefix}text",
+        lengths=f"{prefix}lengths",
+        slots=cut.trained.slots,
+        table=cut.trained.table,
+        pooling=cut.bag.pooling,  # type: ignore[arg-type]  # one of the two that find_bags lets pass
+        feed=cut.feed,
+    )
+
+
+def _verify(
+    source: Path, draft: Path, cuts: list[Cut], samples: int, lines: Path | None, show_progress: bool
+) -> tuple[int, float]:
+    """Largest difference of any output between the original and pruned + rows, and on how many samples."""
+    original = torch_export.load(source)
+    pruned = torch_export.load(draft / PROGRAM_FILE)
+    runs = torch_export.runnable(original), torch_export.runnable(pruned)
+    names = [t.name for t in torch_export.inputs_of(original)], [t.name for t in torch_export.inputs_of(pruned)]
+    dense = [t for t in torch_export.inputs_of(pruned) if t.name not in {cut.feed for cut in cuts}]
+    cube = LocalCube(draft / CUBE_DIRECTORY)
+    compared, largest = 0, 0.0
+    batches = [_random_samples(cuts[0], dense, samples, np.random.default_rng(0))] if samples else []
+    rows = criteo.read(lines).batches(4096) if lines else ()
+    criteo_batches = (Samples([torch.from_numpy(b.dense)], b.keys, b.lengths.astype(np.int64).ravel()) for b in rows)
+    if lines and (
+        len(cuts) != 1
+        or len(cuts[0].trained.slots) != criteo.SLOTS
+        or [t.shape for t in dense] != [[-1, criteo.INTEGERS]]
+    ):
+        raise BadData(
+            f"--lines {lines}", "Criteo lines", "a program with one dense input of 13 and one lookup of 26 slots"
+        )
+    with torch.inference_mode(), tqdm(unit="sample", unit_scale=True, desc="compare", disable=not show_progress) as bar:
+        for batch in (*batches, *criteo_batches):
+            feeds = dict(zip((t.name for t in dense), batch.dense, strict=True))
+            for cut in cuts:
+                feeds |= _both_ways(cut, batch, cube)
+            want, got = (run(*(feeds[name] for name in ours)) for run, ours in zip(runs, names, strict=True))
+            differences = [(a - b).abs().max().item() if a.numel() else 0.0 for a, b in zip(want, got, strict=True)]
+            largest = max(largest, *(d if d == d else float("inf") for d in differences))  # nan is a difference
+            compared += batch.lengths.size // len(cuts[0].trained.slots)
+            bar.update(batch.lengths.size // len(cuts[0].trained.slots))
+    return compared, largest
+
+
+def _both_ways(cut: Cut, batch: Samples, cube: LocalCube) -> dict[str, torch.Tensor]:
+    """A bag's inputs of the original (ids, offsets) and of the pruned one (the cube's rows, pooled by torch)."""
+    order = np.argsort(cut.vocabulary)
+    at = np.minimum(np.searchsorted(cut.vocabulary, batch.keys, sorter=order), cut.vocabulary.size - 1)
+    ids = np.where(cut.vocabulary[order[at]] == batch.keys, order[at], cut.vocabulary.size)
+    offsets = torch.from_numpy(np.concatenate([[0], np.cumsum(batch.lengths)]))
+    rows = torch.from_numpy(cube.rows(cut.trained.table, None, batch.keys).rows)
+    each = torch.arange(len(batch.keys))
+    pooled = torch.nn.functional.embedding_bag(each, rows, offsets, mode=cut.bag.pooling, include_last_offset=True)
+    return {cut.bag.ids: torch.from_numpy(ids), cut.bag.offsets: offsets, cut.feed: pooled}
+
+
+def _random_samples(cut: Cut, dense: list[manifest.Tensor], n: int, rng: np.random.Generator) -> Samples:
+    """Slots of 0 to 3 keys, repeats among them, one key in ten unknown to the program."""
+    lengths = rng.integers(0, 4, n * len(cut.trained.slots))
+    keys = rng.choice(cut.vocabulary, lengths.sum()) if cut.vocabulary.size else np.zeros(lengths.sum(), np.uint64)
+    unknown = rng.random(keys.size) < 0.1
+    keys[unknown] = rng.integers(0, 2**64, unknown.sum(), dtype=np.uint64)
+    for tensor in dense:
+        if tensor.datatype != "FP32" or tensor.shape[:1] != [-1] or -1 in tensor.shape[1:]:
+            raise BadData(
+                f"input {tensor.name}", f"{tensor.datatype} {tensor.shape}", "FP32 [-1, ...] with fixed width"
+            )
+    return Samples(
+        [torch.from_numpy(rng.random((n, *t.shape[1:]), dtype=np.float32)) for t in dense],
+        keys,
+        lengths.astype(np.int64),
+    )
+
+
+def _ops(program: ExportedProgram) -> int:
+    return sum(node.op == "call_function" for node in program.graph.nodes)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """prune-program."""
+    parser = argparse.ArgumentParser(
+        prog="prune-program",
+        description="Cut the embedding lookups out of a trained program: writes the dense program, the tables as rows "
+        "and as a local cube, and a manifest that ties them together, after proving that the result computes what the "
+        "original does.",
+    )
+    parser.add_argument("directory", metavar="DIR", help="trained model: signature.json and the files it names")
+    parser.add_argument(
+        "--out", metavar="DIR", help="where to write (default: DIR.pruned); what prune-program wrote there is replaced"
+    )
+    parser.add_argument(
+        "--verify", type=int, default=256, metavar="N", help="compare on N random samples (default: 256)"
+    )
+    parser.add_argument("--lines", metavar="FILE", help="compare on these Criteo lines too")
+    args = parser.parse_args(argv)
+    directory = Path(args.directory)
+    out = Path(args.out) if args.out else directory.parent / f"{directory.resolve().name}.pruned"
+    try:
+        if args.verify < 0:
+            raise BadData("--verify", args.verify, "0 or more")
+        report = prune(
+            directory, out, args.verify, Path(args.lines) if args.lines else None, show_progress=sys.stderr.isatty()
+        )
+    except (ServingError, OSError) as error:
+        print(f"prune-program: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("prune-program: interrupted, nothing was written", file=sys.stderr)
+        return 130
+    print(report)
+    return 0
