@@ -56,7 +56,8 @@ def server(argv: Sequence[str] | None = None) -> int:
         description="Serve one shard of a cube: rows of embedding tables by 64-bit key, over gRPC. Once it answers it "
         "prints one line: where it listens, what it serves, which versions. Ctrl-C stops it.",
         epilog="Settings come from flags, then CUBE_<FIELD> in the environment, then the file; its fields are "
-        "described in conf/cube.prototxt. Without a file: cube-server --shard 0 --shards 2 --data cube-data --listen 127.0.0.1:0",
+        "described in conf/cube.prototxt. Without a file: "
+        "cube-server --shard 0 --shards 2 --data cube-data --listen 127.0.0.1:0",
     )
     parser.add_argument("--shard", type=int, required=True, metavar="N", help="which shard to serve, from 0")
     parser.add_argument("--conf", metavar="FILE", help=f"configuration (default: {DEFAULT_CONF} if it exists)")
