@@ -13,9 +13,9 @@ from predictor.ops.op import Values
 from predictor.ops.read import SAMPLES
 from predictor.workflow import Stage
 
-# Handing a run to a thread and back costs 0.1 to 0.4 ms of CPU for two futex wake-ups, and several times that where the two
-# threads then fight for the GIL between the net's ops (measured on 2 shared cores: a 1.5 ms net cost 4 ms). A run expected
-# to be shorter than this stays on the loop, which answers nothing else meanwhile.
+# Handing a run to a thread and back costs 0.1 to 0.4 ms of CPU for two futex wake-ups, and several times that where the
+# two threads then fight for the GIL between the net's ops (measured on 2 shared cores: a 1.5 ms net cost 4 ms). A run
+# expected to be shorter than this stays on the loop, which answers nothing else meanwhile.
 SHORT_S = 0.004
 _NEWEST_WEIGHT = 0.2
 

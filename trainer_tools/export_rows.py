@@ -12,12 +12,12 @@ from cube.errors import BadData
 
 def read_vocabulary(path: Path) -> NDArray[np.uint64]:
     """The key of each row of a table: uint64[v], distinct; raises BadData."""
-    expected = "a .npy array uint64[v] of distinct keys"
+    expected = "a .npy array uint64[v] of distinct keys, at least one"
     try:
         keys: NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
         raise BadData(str(path), getattr(error, "strerror", None) or error, expected) from error
-    if keys.dtype != np.uint64 or keys.ndim != 1:
+    if keys.dtype != np.uint64 or keys.ndim != 1 or not keys.size:
         raise BadData(str(path), f"{keys.dtype} with shape {keys.shape}", expected)
     if np.unique(keys).size != keys.size:
         raise BadData(str(path), f"{keys.size - np.unique(keys).size} repeated keys", expected)

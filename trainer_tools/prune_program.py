@@ -10,8 +10,9 @@ model/signature.json, program.pt2, vocabulary.npy
 import argparse
 import hashlib
 import importlib.metadata
+import itertools
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -45,15 +46,19 @@ class Cut(NamedTuple):
     feed: str
 
 
-class Samples(NamedTuple):
-    """Inputs to compare on, as the manifest's request has them.
+class Sparse(NamedTuple):
+    """Keys of one lookup. keys: uint64[k]; lengths: int64[n * slots], keys of each slot of each sample."""
 
-    Dense: [n, ...] by name; keys: uint64[k]; lengths: int64[n * slots].
-    """
-
-    dense: list[torch.Tensor]
     keys: NDArray[np.uint64]
     lengths: NDArray[np.int64]
+
+
+class Samples(NamedTuple):
+    """Inputs of n samples to compare on: the dense tensors and, lookup by lookup, the sparse ones."""
+
+    size: int
+    dense: list[torch.Tensor]
+    sparse: list[Sparse]
 
 
 class Report(NamedTuple):
@@ -192,65 +197,69 @@ def _verify(
     source: Path, draft: Path, cuts: list[Cut], samples: int, lines: Path | None, show_progress: bool
 ) -> tuple[int, float]:
     """Largest difference of any output between the original and pruned + rows, and on how many samples."""
-    original = torch_export.load(source)
-    pruned = torch_export.load(draft / PROGRAM_FILE)
+    original, pruned = torch_export.load(source), torch_export.load(draft / PROGRAM_FILE)
     runs = torch_export.runnable(original), torch_export.runnable(pruned)
     names = [t.name for t in torch_export.inputs_of(original)], [t.name for t in torch_export.inputs_of(pruned)]
     dense = [t for t in torch_export.inputs_of(pruned) if t.name not in {cut.feed for cut in cuts}]
     cube = LocalCube(draft / CUBE_DIRECTORY)
+    batches = itertools.chain(
+        [_random_samples(cuts, dense, samples, np.random.default_rng(0))] if samples else [],
+        _criteo_samples(cuts, dense, lines) if lines else [],
+    )
     compared, largest = 0, 0.0
-    batches = [_random_samples(cuts[0], dense, samples, np.random.default_rng(0))] if samples else []
-    rows = criteo.read(lines).batches(4096) if lines else ()
-    criteo_batches = (Samples([torch.from_numpy(b.dense)], b.keys, b.lengths.astype(np.int64).ravel()) for b in rows)
-    if lines and (
-        len(cuts) != 1
-        or len(cuts[0].trained.slots) != criteo.SLOTS
-        or [t.shape for t in dense] != [[-1, criteo.INTEGERS]]
-    ):
-        raise BadData(
-            f"--lines {lines}", "Criteo lines", "a program with one dense input of 13 and one lookup of 26 slots"
-        )
     with torch.inference_mode(), tqdm(unit="sample", unit_scale=True, desc="compare", disable=not show_progress) as bar:
-        for batch in (*batches, *criteo_batches):
+        for batch in batches:
             feeds = dict(zip((t.name for t in dense), batch.dense, strict=True))
-            for cut in cuts:
-                feeds |= _both_ways(cut, batch, cube)
+            for cut, sparse in zip(cuts, batch.sparse, strict=True):
+                feeds |= _both_ways(cut, sparse, cube)
             want, got = (run(*(feeds[name] for name in ours)) for run, ours in zip(runs, names, strict=True))
             differences = [(a - b).abs().max().item() if a.numel() else 0.0 for a, b in zip(want, got, strict=True)]
             largest = max(largest, *(d if d == d else float("inf") for d in differences))  # nan is a difference
-            compared += batch.lengths.size // len(cuts[0].trained.slots)
-            bar.update(batch.lengths.size // len(cuts[0].trained.slots))
+            compared += batch.size
+            bar.update(batch.size)
     return compared, largest
 
 
-def _both_ways(cut: Cut, batch: Samples, cube: LocalCube) -> dict[str, torch.Tensor]:
-    """A bag's inputs of the original (ids, offsets) and of the pruned one (the cube's rows, pooled by torch)."""
+def _both_ways(cut: Cut, sparse: Sparse, cube: LocalCube) -> dict[str, torch.Tensor]:
+    """A bag's inputs of the original (ids, offsets) and of the pruned program (the cube's rows, pooled by torch)."""
     order = np.argsort(cut.vocabulary)
-    at = np.minimum(np.searchsorted(cut.vocabulary, batch.keys, sorter=order), cut.vocabulary.size - 1)
-    ids = np.where(cut.vocabulary[order[at]] == batch.keys, order[at], cut.vocabulary.size)
-    offsets = torch.from_numpy(np.concatenate([[0], np.cumsum(batch.lengths)]))
-    rows = torch.from_numpy(cube.rows(cut.trained.table, None, batch.keys).rows)
-    each = torch.arange(len(batch.keys))
+    at = np.minimum(np.searchsorted(cut.vocabulary, sparse.keys, sorter=order), cut.vocabulary.size - 1)
+    ids = np.where(cut.vocabulary[order[at]] == sparse.keys, order[at], cut.vocabulary.size)
+    offsets = torch.from_numpy(np.concatenate([[0], np.cumsum(sparse.lengths)]))
+    rows = torch.from_numpy(cube.rows(cut.trained.table, None, sparse.keys).rows)
+    each = torch.arange(len(sparse.keys))
     pooled = torch.nn.functional.embedding_bag(each, rows, offsets, mode=cut.bag.pooling, include_last_offset=True)
     return {cut.bag.ids: torch.from_numpy(ids), cut.bag.offsets: offsets, cut.feed: pooled}
 
 
-def _random_samples(cut: Cut, dense: list[manifest.Tensor], n: int, rng: np.random.Generator) -> Samples:
+def _random_samples(cuts: list[Cut], dense: list[manifest.Tensor], n: int, rng: np.random.Generator) -> Samples:
     """Slots of 0 to 3 keys, repeats among them, one key in ten unknown to the program."""
-    lengths = rng.integers(0, 4, n * len(cut.trained.slots))
-    keys = rng.choice(cut.vocabulary, lengths.sum()) if cut.vocabulary.size else np.zeros(lengths.sum(), np.uint64)
-    unknown = rng.random(keys.size) < 0.1
-    keys[unknown] = rng.integers(0, 2**64, unknown.sum(), dtype=np.uint64)
     for tensor in dense:
         if tensor.datatype != "FP32" or tensor.shape[:1] != [-1] or -1 in tensor.shape[1:]:
+            found = f"{tensor.datatype} {tensor.shape}"
             raise BadData(
-                f"input {tensor.name}", f"{tensor.datatype} {tensor.shape}", "FP32 [-1, ...] with fixed width"
+                f"input {tensor.name}", found, "FP32 [-1, ...] with fixed width, or no comparison: --verify 0"
             )
-    return Samples(
-        [torch.from_numpy(rng.random((n, *t.shape[1:]), dtype=np.float32)) for t in dense],
-        keys,
-        lengths.astype(np.int64),
-    )
+    sparse = []
+    for cut in cuts:
+        lengths = rng.integers(0, 4, n * len(cut.trained.slots))
+        keys = rng.choice(cut.vocabulary, lengths.sum())
+        unknown = rng.random(keys.size) < 0.1
+        keys[unknown] = rng.integers(0, 2**64, unknown.sum(), dtype=np.uint64)
+        sparse.append(Sparse(keys, lengths))
+    return Samples(n, [torch.from_numpy(rng.random((n, *t.shape[1:]), dtype=np.float32)) for t in dense], sparse)
+
+
+def _criteo_samples(cuts: list[Cut], dense: list[manifest.Tensor], lines: Path) -> Iterator[Samples]:
+    """The samples of a file of Criteo lines, for a program that takes such."""
+    slots, shapes = [len(cut.trained.slots) for cut in cuts], [tensor.shape for tensor in dense]
+    if (slots, shapes) != ([criteo.SLOTS], [[-1, criteo.INTEGERS]]):
+        found = f"a program with dense inputs {shapes} and lookups of {slots} slots"
+        raise BadData(f"--lines {lines}", found, f"one dense input of {criteo.INTEGERS}, one lookup of {criteo.SLOTS}")
+    for chunk in criteo.chunks(lines):
+        for rows in chunk.batches(4096):
+            sparse = Sparse(rows.keys, rows.lengths.astype(np.int64).ravel())
+            yield Samples(len(rows.labels), [torch.from_numpy(rows.dense)], [sparse])
 
 
 def _ops(program: ExportedProgram) -> int:

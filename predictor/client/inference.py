@@ -77,7 +77,7 @@ class Client:
 
     def __init__(self, target: str):
         self._loop = asyncio.new_event_loop()
-        self._client = AsyncClient(target)
+        self._client = self._loop.run_until_complete(_client(target))
 
     def infer(
         self,
@@ -102,6 +102,11 @@ class Client:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+async def _client(target: str) -> AsyncClient:
+    """A client that belongs to the loop that runs this."""
+    return AsyncClient(target)
 
 
 def _answer(message: bytes) -> Answer:

@@ -1,0 +1,180 @@
+"""Asking a cube: the same answers from files, from one server, from several; typed errors where there is no answer."""
+
+import asyncio
+import contextlib
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cube import build
+from cube.client import LocalCube, RemoteCube, split
+from cube.errors import BadConfig, BadRequest, NotServed, ShardUnavailable
+from cube.pb import cube_pb2 as pb
+from cube.rpc.channel import Channel
+from cube.service import LOOKUP
+from cube.version import Version
+from trainer_tools.demo import started
+
+u64 = st.integers(0, 2**64 - 1)
+KEYS = np.random.default_rng(5).integers(0, 2**64, 500, dtype=np.uint64)
+ROWS = np.random.default_rng(6).standard_normal((500, 3), dtype=np.float32)
+TABLES = {"t": (Version(2), 3)}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Two versions of one table in two shards; version 2 has ROWS, version 1 has -ROWS."""
+    data = tmp_path_factory.mktemp("cube")
+    build.build(build.Rows(KEYS, -ROWS), data, "t", Version(1), 2)
+    build.build(build.Rows(KEYS, ROWS), data, "t", Version(2), 2)
+    return data
+
+
+@pytest.fixture(scope="module")
+def shards(data):
+    """Addresses of two running servers."""
+    with contextlib.ExitStack() as processes:
+        serve = ("cube-server", "--shards", 2, "--data", data, "--shard")
+        yield [processes.enter_context(started(*serve, shard)) for shard in range(2)]
+
+
+def with_cube(endpoints, work):
+    async def run():
+        cube = RemoteCube(endpoints)
+        try:
+            return await work(cube)
+        finally:
+            await cube.close()
+
+    return asyncio.run(run())
+
+
+@given(st.lists(u64, max_size=60), st.integers(1, 5))
+def test_split_and_join_put_every_key_back_in_its_place(keys, shards):
+    asked = np.array(keys + keys[::2], np.uint64)
+    parts = split(asked, shards)
+    assert len(parts.by_shard) == shards
+    together = np.concatenate(parts.by_shard)
+    assert np.unique(together).size == together.size == len(set(keys))
+    assert together[parts.place].tolist() == asked.tolist()
+
+
+def test_servers_and_files_answer_alike(data, shards):
+    rng = np.random.default_rng(0)
+    local = LocalCube(data)
+    for count in (0, 1, 26, 4000):
+        asked = np.concatenate([rng.choice(KEYS, count), rng.integers(0, 2**64, count // 3, dtype=np.uint64)])
+        for version in (Version(1), Version(2)):
+
+            async def ask(cube, version=version, asked=asked):
+                await cube.open({"t": (version, 3)}, wait_s=5)
+                return await cube.gather("t", version, asked, timeout_s=5)
+
+            remote, here = with_cube(shards, ask), local.rows("t", version, asked)
+            assert np.array_equal(remote.rows, here.rows)
+            assert np.array_equal(remote.found, here.found)
+            assert remote.rows.shape == (asked.size, 3)
+
+
+@pytest.mark.parametrize(
+    ("tables", "message"),
+    [
+        ({"nowhere": (Version(2), 3)}, "found tables t, expected table 'nowhere', which the model reads"),
+        ({"t": (Version(3), 3)}, "table 't': found versions 2@0, 1@0, expected 3@0"),
+        ({"t": (Version(2), 4)}, "table 't': found rows of 3 elements, expected 4"),
+    ],
+)
+def test_a_table_version_or_width_the_cube_lacks_is_refused_at_opening(data, shards, tables, message):
+    with pytest.raises(BadConfig, match=message):
+        with_cube(shards, lambda cube: cube.open(tables, wait_s=5))
+    with pytest.raises(BadConfig, match=message):
+        asyncio.run(LocalCube(data).open(tables, wait_s=5))
+
+
+def test_shards_listed_in_the_wrong_order_are_refused(shards):
+    with pytest.raises(BadConfig, match="found shard 1 of 2, expected shard 0 of 2"):
+        with_cube(shards[::-1], lambda cube: cube.open(TABLES, wait_s=5))
+
+
+def test_a_missing_shard_of_a_list_is_refused(shards):
+    with pytest.raises(BadConfig, match="found shard 0 of 2, expected shard 0 of 1"):
+        with_cube(shards[:1], lambda cube: cube.open(TABLES, wait_s=5))
+
+
+def test_a_shard_that_nobody_serves_is_unavailable_and_named():
+    with pytest.raises(ShardUnavailable, match=r"cube shard 0: no answer from 127\.0\.0\.1:1 "):
+        with_cube(["127.0.0.1:1"], lambda cube: cube.open(TABLES, wait_s=0.3))
+
+
+def test_a_shard_that_dies_is_unavailable_and_the_others_still_answer(data):
+    with started("cube-server", "--shard", 0, "--shards", 2, "--data", data) as one:
+
+        async def ask(cube):
+            await cube.open(TABLES, wait_s=5)
+            dying.close()
+            with pytest.raises(ShardUnavailable, match="cube shard 1"):
+                await cube.gather("t", Version(2), KEYS, timeout_s=5)
+            mine = split(KEYS, 2).by_shard[0]
+            return await cube.gather("t", Version(2), mine, timeout_s=5)
+
+        with contextlib.ExitStack() as dying:
+            other = dying.enter_context(started("cube-server", "--shard", 1, "--shards", 2, "--data", data))
+            assert with_cube([one, other], ask).found.all()
+
+
+def ask_raw(endpoint, message):
+    async def run():
+        async with Channel(endpoint) as channel:
+            return pb.LookupReply.FromString(await channel.call(LOOKUP, message, timeout_s=5))
+
+    return asyncio.run(run())
+
+
+@pytest.mark.parametrize(
+    ("asked", "kind", "message"),
+    [
+        (
+            pb.TableKeys(table="t", keys=b"1234567"),
+            BadRequest,
+            "table 't' keys: found 7 bytes, expected a multiple of 8",
+        ),
+        (pb.TableKeys(table="x", keys=b""), NotServed, "table 'x': not served here, which serves t"),
+        (
+            pb.TableKeys(table="t", version=pb.Version(base=9)),
+            NotServed,
+            "version 9@0: not served here, which serves 2@0",
+        ),
+    ],
+)
+def test_a_bad_lookup_is_refused_by_name_and_the_server_lives_on(shards, asked, kind, message):
+    with pytest.raises(kind, match=message):
+        ask_raw(shards[0], pb.LookupRequest(tables=[asked]).SerializeToString())
+    good = pb.TableKeys(table="t", keys=KEYS.tobytes())
+    assert ask_raw(shards[0], pb.LookupRequest(tables=[good]).SerializeToString()).tables[0].dim == 3
+
+
+def test_bytes_that_are_no_message_are_refused(shards):
+    with pytest.raises(BadRequest, match=r"message: found 3 bytes that do not parse, expected a cube_serving\.cube"):
+        ask_raw(shards[0], b"\xff\xff\xff")
+
+
+def test_too_many_keys_are_refused(data, server):
+    endpoint = server("cube-server", "--shard", 0, "--shards", 2, "--data", data, "--max-keys", 10)
+    with pytest.raises(BadRequest, match="found 11 keys, expected at most 10 in one call"):
+        ask_raw(endpoint, pb.LookupRequest(tables=[pb.TableKeys(table="t", keys=bytes(88))]).SerializeToString())
+
+
+def test_several_tables_come_in_one_call_in_the_order_asked(data, shards):
+    asked = [
+        pb.TableKeys(table="t", version=pb.Version(base=1), keys=KEYS.tobytes()),
+        pb.TableKeys(table="t", keys=b""),
+        pb.TableKeys(table="t", keys=KEYS[:9].tobytes()),
+    ]
+    reply = ask_raw(shards[0], pb.LookupRequest(tables=asked).SerializeToString())
+    assert [(t.version.base, len(t.found)) for t in reply.tables] == [(1, 500), (2, 0), (2, 9)]
+    found = np.frombuffer(reply.tables[0].found, np.bool_)
+    rows = np.frombuffer(reply.tables[0].rows, np.float32).reshape(-1, 3)
+    assert np.array_equal(rows[found], -ROWS[found])
+    assert reply.tables[0].absent == np.count_nonzero(~found) > 0

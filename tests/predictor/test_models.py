@@ -1,0 +1,119 @@
+"""What a predictor refuses to start with, and says so: a manifest that lies, a cube that lacks what the model reads."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from cube import build
+from cube.version import Version
+
+
+@pytest.fixture
+def broken(demo, tmp_path):
+    """A copy of the pruned model to break: broken(edit) edits its manifest."""
+    directory = shutil.copytree(demo.pruned, tmp_path / "ctr")
+
+    def spoil(edit):
+        path = directory / "manifest.json"
+        said = json.loads(path.read_text())
+        edit(said)
+        path.write_text(json.dumps(said))
+        return directory
+
+    return spoil
+
+
+def refused(command, *args):
+    done = command("predictor-server", *args, "--check", "--cube-wait-s", 1)
+    assert done.returncode == 1, done.stdout
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("predictor-server: ")
+    assert "Traceback" not in done.stderr
+    return last
+
+
+def rename_table(said):
+    said["tables"]["nobody"] = said["tables"].pop("embedding")
+    said["lookups"][0]["table"] = "nobody"
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (rename_table, "found tables embedding, expected table 'nobody', which the model reads"),
+        (lambda s: s["tables"]["embedding"].update(version="7@0"), "expected 7@0, which the model was trained with"),
+        (lambda s: s["tables"]["embedding"].update(version="seven"), "found 'seven', expected base@delta"),
+        (lambda s: s["tables"]["embedding"].update(dim=11), "found rows of 10 elements, expected 11"),
+        (lambda s: s["tables"].clear(), "found table 'embedding', expected one of none"),
+        (lambda s: s["program"].update(sha256="0" * 64), "they were not written together"),
+        (lambda s: s["program"].update(file="nowhere.pt2"), "nowhere.pt2: found No such file"),
+        (lambda s: s["inputs"].clear(), "found inputs or outputs that are not the program's"),
+        (lambda s: s.update(sign="md5"), "sign: found 'md5'"),
+        (lambda s: s.update(cube=None), "cube: found no local cube, expected the address of a cube: --cube"),
+        (lambda s: s.update(cube="nowhere"), "nowhere: found no such directory"),
+        (
+            lambda s: s.update(extra=1),
+            "manifest.json: found JSON that does not fit (Object contains unknown field `extra`",
+        ),
+        (lambda s: s.update(schema=2), "manifest.json: found JSON that does not fit"),
+    ],
+)
+def test_a_manifest_that_does_not_fit_is_refused_at_start(broken, command, edit, message):
+    assert message in refused(command, "--model", broken(edit))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda seg: seg.unlink(), "found no segments, expected 0-of-1.seg"),
+        (lambda seg: seg.write_bytes(seg.read_bytes()[:5000]), "found 5000 bytes, expected"),
+        (lambda seg: seg.write_bytes(b""), "0-of-1.seg: found b'' at the start"),
+        (lambda seg: seg.rename(seg.with_name("0-of-2.seg")), "found 0-of-2.seg, expected"),
+    ],
+)
+def test_a_local_cube_with_a_missing_or_damaged_segment_is_refused(broken, command, spoil, message):
+    directory = broken(lambda said: None)
+    spoil(next(directory.rglob("*.seg")))
+    if "0-of-2" in message:
+        message = "expected 1-of-2.seg"  # the file name says two shards, so the second is missed
+    assert message in refused(command, "--model", directory)
+
+
+def test_a_remote_cube_without_the_models_version_is_refused(demo, command, server, tmp_path):
+    rows = build.Rows(np.arange(5, dtype=np.uint64), np.zeros((5, 10), np.float32))
+    build.build(rows, tmp_path, "embedding", Version(1), 1)
+    address = server("cube-server", "--shard", 0, "--shards", 1, "--data", tmp_path)
+    said = refused(command, "--model", demo.pruned, "--cube", address)
+    assert f"cube shard 0 at {address} table 'embedding': found versions 1@0, expected" in said
+
+
+def test_a_cube_that_nobody_serves_is_named_after_the_wait(demo, command):
+    assert "cube shard 0: no answer from 127.0.0.1:1" in refused(
+        command, "--model", demo.pruned, "--cube", "127.0.0.1:1"
+    )
+
+
+@pytest.mark.parametrize("cube", ["nowhere.prototxt", "localhost", "a:1,,b:2", ","])
+def test_a_cube_address_that_is_none_is_refused(demo, command, cube):
+    said = refused(command, "--model", demo.pruned, "--cube", cube)
+    assert "cube: found" in said or "nowhere.prototxt: found" in said
+
+
+def test_directories_that_hold_no_model_are_refused(demo, command, tmp_path):
+    assert "found neither, expected manifest.json" in refused(command, "--model", tmp_path)
+    assert "found no such directory" in refused(command, "--model", tmp_path / "nowhere")
+    assert "a trained program with its tables, expected a pruned one: prune-program" in refused(
+        command, "--model", demo.model
+    )
+
+
+def test_two_models_of_one_name_are_refused(demo, command):
+    assert "found model 'ctr' again" in refused(command, "--model", demo.pruned, "--model", demo.pruned)
+
+
+def test_check_loads_everything_and_says_what_would_be_served(demo, command):
+    done = command("predictor-server", "--model", demo.pruned, "--check")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("predictor-server: would serve ctr ")

@@ -1,0 +1,164 @@
+"""The whole path on real processes, and the commands as a user types them afterwards."""
+
+import contextlib
+import gzip
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from places import BIN, ROOT
+
+from trainer_tools import synthetic
+
+
+def test_served_scores_equal_the_trained_programs_in_both_cube_modes(demo):
+    compared = re.findall(r"served against offline: largest difference (\S+), AUC (\S+) against (\S+)", demo.output)
+    assert len(compared) == 2
+    for difference, served, offline in compared:
+        assert float(difference) <= 1e-5
+        assert served == offline
+
+
+def test_the_demo_prints_what_it_must(demo):
+    for wanted in (
+        "best possible 0.",
+        "largest difference 0",
+        "samples/s, p50",
+        "looked up,",
+        "absent (",
+        "cube-server: shard 1 of 2 listening on",
+        "predictor-server: listening on",
+        "done: every served score equals the trained program's",
+    ):
+        assert wanted in demo.output
+    assert re.search(r"shard +table +version +rows", demo.output)
+
+
+def test_no_process_of_the_demo_is_left(demo):
+    assert not processes_under(demo.root)
+
+
+def test_a_wrong_data_file_fails_the_demo_and_names_the_line(tmp_path):
+    lines = tmp_path / "lines.tsv"
+    synthetic.write(lines, 5, seed=1)
+    lines.write_text(lines.read_text() + "1\tx\n")
+    command = [sys.executable, "-m", "trainer_tools.demo", "--root", str(tmp_path), "--data", str(lines)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "demo: FAILED: " + str(lines) + " line 6: found 2 columns, expected 40" in done.stderr
+
+
+def test_a_given_gzip_with_a_header_goes_the_whole_way(tmp_path):
+    lines = tmp_path / "plain.tsv"
+    synthetic.write(lines, 400, seed=5)
+    header = ",".join(["Id", "Label", *(f"I{i}" for i in range(1, 14)), *(f"C{i}" for i in range(1, 27))])
+    rows = [f"{n}," + line.replace("\t", ",") for n, line in enumerate(lines.read_text().splitlines())]
+    (tmp_path / "lines.csv.gz").write_bytes(gzip.compress("\n".join([header, *rows]).encode()))
+    command = [sys.executable, "-m", "trainer_tools.demo", "--root", tmp_path, "--data", tmp_path / "lines.csv.gz"]
+    done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "320 lines to train on, 80 to test on" in done.stdout
+
+
+def processes_under(root):
+    """Command lines of running processes that name a directory."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            line = path.read_bytes().replace(b"\0", b" ").decode()
+            if str(root) in line and "pytest" not in line:
+                found.append(line)
+    return found
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_demo_leaves_no_process_behind(tmp_path, number):
+    command = [sys.executable, "-m", "trainer_tools.demo", "--lines", "3000", "--root", str(tmp_path)]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+        for line in process.stdout:
+            if "cube-server: shard 1" in line:  # two servers run, the third starts
+                break
+        os.kill(process.pid, number)
+        assert process.wait(timeout=20) in (130, 143)
+        assert not processes_under(tmp_path)
+
+
+@pytest.fixture
+def root(demo, tmp_path):
+    """A working directory as `make demo` leaves it, with configuration on free ports."""
+    for name in ("model", "model.pruned", "cube-data", "demo-data"):
+        (tmp_path / name).symlink_to(demo.root / name)
+    shutil.copytree(ROOT / "conf", tmp_path / "conf")
+    cube = (tmp_path / "conf" / "cube.prototxt").read_text()
+    (tmp_path / "conf" / "cube.prototxt").write_text(cube.replace("8010", "18010").replace("8011", "18011"))
+    for name in ("predictor", "client"):
+        text = (tmp_path / "conf" / f"{name}.prototxt").read_text()
+        (tmp_path / "conf" / f"{name}.prototxt").write_text(text.replace("8500", "18500"))
+    return tmp_path
+
+
+def started(root, tool, *args):
+    process = subprocess.Popen([BIN / tool, *args], cwd=root, stdout=subprocess.PIPE, text=True)
+    return process, process.stdout.readline()
+
+
+def test_the_commands_work_from_the_root_as_the_user_types_them(root, demo, command):
+    with contextlib.ExitStack() as stack:
+        processes = []
+        for tool, *args in (
+            ("cube-server", "--shard", "0"),
+            ("cube-server", "--shard", "1"),
+            ("predictor-server", "--cube", "conf/cube.prototxt"),
+        ):
+            process, line = started(root, tool, *args)
+            stack.callback(process.kill)
+            processes.append(process)
+            assert re.match(rf"{tool}: .*listening on 127\.0\.0\.1:18\d\d\d, serves ", line), line
+            assert "@0" in line
+        for stdin in (subprocess.DEVNULL, None):
+            given = ["demo-data/test.tsv"] if stdin else []
+            with (root / "demo-data" / "test.tsv").open() as lines:
+                done = command("ctr-client", *given, "--scores", "scores.txt", cwd=root, stdin=stdin or lines)
+            assert done.returncode == 0, done.stderr
+            assert "ctr-client: 800 samples of" in done.stdout
+            assert len(np.loadtxt(root / "scores.txt")) == 800
+        assert command("cube-ctl", "status", cwd=root).returncode == 0
+        for process in reversed(processes):
+            begin = time.monotonic()
+            process.send_signal(signal.SIGINT)
+            assert process.wait(timeout=10) == 0
+            assert time.monotonic() - begin < 1.5  # a second, and what a loaded machine adds
+    shutil.copytree(demo.model, root / "fresh")
+    done = command("prune-program", "fresh/", cwd=root)
+    assert done.returncode == 0, done.stderr
+    assert (root / "fresh.pruned" / "manifest.json").is_file()
+
+
+def test_the_predictor_alone_serves_from_the_local_cube(root, command):
+    process, line = started(root, "predictor-server")
+    try:
+        assert "from local cube model.pruned/cube" in line
+        done = command("ctr-client", "demo-data/test.tsv", "--json", cwd=root)
+        assert '"samples": 800' in done.stdout
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+
+
+def test_a_client_without_a_server_or_with_bad_lines_exits_1_with_one_line(root, command):
+    done = command("ctr-client", "demo-data/test.tsv", "--target", "127.0.0.1:1", "--timeout-ms", 500, cwd=root)
+    assert done.returncode == 1
+    assert done.stderr.strip().splitlines()[-1].startswith("ctr-client: ")
+    (root / "bad.tsv").write_text("0\t1\n")
+    done = command("ctr-client", "bad.tsv", cwd=root)
+    assert done.returncode == 1
+    assert "bad.tsv line 1: found 2 columns, expected 40" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,279 @@
+"""prune-program: real torch programs in, dense program and rows out, the same scores; nothing unsafe, nothing torn."""
+
+import json
+import pickle
+import shutil
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+from torch.export import Dim
+
+from cube.build import read_rows
+from cube.client import LocalCube
+from cube.errors import BadData, DataCorrupt
+from trainer_tools import manifest
+from trainer_tools.export_rows import rows_of
+from trainer_tools.programs import torch_export
+from trainer_tools.prune_program import prune
+
+SLOTS, DIM = 3, 4
+
+
+class Net(torch.nn.Module):
+    """Two tables, one of them read twice in one program by different inputs."""
+
+    def __init__(self, mode="mean", **bag):
+        super().__init__()
+        torch.manual_seed(1)
+        self.users = torch.nn.EmbeddingBag(11, DIM, mode=mode, include_last_offset=True, **bag)
+        self.items = torch.nn.EmbeddingBag(7, 2, mode="sum", include_last_offset=True)
+        self.top = torch.nn.Linear(SLOTS * DIM + 2 + 5, 1)
+        with torch.no_grad():
+            self.users.weight[10] = 0
+            self.items.weight[6] = 0
+
+    def forward(self, x, user_ids, user_offsets, item_ids, item_offsets):
+        users = self.users(user_ids, user_offsets).reshape(x.shape[0], SLOTS * DIM)
+        items = self.items(item_ids, item_offsets)
+        return {"score": torch.sigmoid(self.top(torch.cat([users, items, x], dim=1)))}
+
+
+def export(net, path):
+    samples, users, items = Dim("samples", min=1), Dim("users", min=0), Dim("items", min=0)
+    example = (
+        torch.zeros(2, 5), torch.zeros(4, dtype=torch.int64), torch.arange(2 * SLOTS + 1),
+        torch.zeros(3, dtype=torch.int64), torch.arange(3),
+    )  # fmt: skip
+    dims = ({0: samples}, {0: users}, {0: SLOTS * samples + 1}, {0: items}, {0: samples + 1})
+    torch.export.save(torch.export.export(net.eval(), example, dynamic_shapes=dims), path)
+
+
+def lookup(name, table, slots, **changes):
+    said = {
+        "ids": f"{name}_ids",
+        "offsets": f"{name}_offsets",
+        "slots": [{"name": f"{name}{i}", "number": i} for i in range(slots)],
+        "table": table,
+        "vocabulary": f"{name}.npy",
+    }
+    return said | changes
+
+
+@pytest.fixture
+def model(tmp_path):
+    """A trained model of two tables; prune it into tmp_path / "out"."""
+    directory = tmp_path / "two-towers"
+    directory.mkdir()
+    export(Net(), directory / "program.pt2")
+    np.save(directory / "user.npy", np.random.default_rng(1).integers(0, 2**64, 10, dtype=np.uint64))
+    np.save(directory / "item.npy", np.arange(6, dtype=np.uint64))
+    said = {
+        "schema": 1,
+        "name": "two-towers",
+        "version": 42,
+        "program": "program.pt2",
+        "sign": "xxh64(text, seed=slot)",
+        "lookups": [lookup("user", "users", SLOTS), lookup("item", "items", 1)],
+    }
+    (directory / "signature.json").write_text(json.dumps(said))
+    return directory
+
+
+def change(model, edit):
+    path = model / "signature.json"
+    said = json.loads(path.read_text())
+    edit(said)
+    path.write_text(json.dumps(said))
+
+
+def test_scores_of_pruned_program_and_rows_are_the_original_ones_to_the_bit(model, tmp_path):
+    report = prune(model, tmp_path / "out")
+    assert report.largest_difference == 0
+    assert report.compared == 256
+    assert report.ops[1] < report.ops[0]
+    assert "largest difference 0" in str(report)
+
+
+def test_the_pruned_program_holds_no_table_and_takes_pooled_rows_instead(model, tmp_path):
+    prune(model, tmp_path / "out")
+    program = torch_export.load(tmp_path / "out" / "program.pt2")
+    assert set(program.state_dict) == {"top.weight", "top.bias"}
+    assert not torch_export.find_bags(program)
+    inputs = {t.name: (t.datatype, t.shape) for t in torch_export.inputs_of(program)}
+    assert inputs == {
+        "x": ("FP32", [-1, 5]),
+        "embedding_bag_pooled": ("FP32", [-1, DIM]),
+        "embedding_bag_1_pooled": ("FP32", [-1, 2]),
+    }
+
+
+def test_rows_and_local_cube_hold_the_tables_under_their_keys(model, tmp_path):
+    prune(model, tmp_path / "out")
+    original = torch_export.load(model / "program.pt2")
+    keys = np.load(model / "user.npy")
+    weight = torch_export.weight(original, "users.weight")
+    rows = read_rows(tmp_path / "out" / "rows" / "users")
+    assert np.array_equal(rows.keys, keys)
+    assert np.array_equal(rows.rows, weight[:10])
+    cube = LocalCube(tmp_path / "out" / "cube")
+    assert np.array_equal(cube.rows("users", None, keys).rows, weight[:10])
+    assert cube.rows("items", None, np.array([5, 6], np.uint64)).found.tolist() == [True, False]
+
+
+def test_the_manifest_ties_program_and_tables_together(model, tmp_path):
+    prune(model, tmp_path / "out")
+    said = manifest.read(manifest.Manifest, tmp_path / "out" / "manifest.json")
+    assert (said.name, said.version) == ("two-towers", 42)
+    assert {name: (t.version, t.dim, t.rows) for name, t in said.tables.items()} == {
+        "users": ("42@0", DIM, 10),
+        "items": ("42@0", 2, 6),
+    }
+    assert [(k.keys, k.lengths, k.pooling) for k in said.lookups] == [
+        ("user_ids_keys", "user_ids_lengths", "mean"),
+        ("item_ids_keys", "item_ids_lengths", "sum"),
+    ]
+    assert [t.name for t in said.outputs] == ["score"]
+
+
+def test_pruning_again_replaces_what_it_wrote_and_nothing_else(model, tmp_path):
+    before = {p: p.read_bytes() for p in model.iterdir()}
+    prune(model, tmp_path / "out")
+    change(model, lambda said: said.update(version=43))
+    prune(model, tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "manifest.json").read_text())["version"] == 43
+    other = tmp_path / "precious"
+    other.mkdir()
+    with pytest.raises(BadData, match="precious: found an existing path that prune-program did not write"):
+        prune(model, other)
+    assert {p: p.read_bytes() for p in model.iterdir() if p.name != "signature.json"}.items() <= before.items()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "precious", "two-towers"]
+
+
+def test_a_wrong_result_is_not_written(model, tmp_path, monkeypatch):
+    real = LocalCube.rows
+    monkeypatch.setattr(LocalCube, "rows", lambda *args: real(*args)._replace(rows=real(*args).rows + 1))
+    with pytest.raises(DataCorrupt, match="proof: found scores that differ by"):
+        prune(model, tmp_path / "out")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["two-towers"]
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda s: s.pop("name"), r"signature\.json: found JSON that does not fit \(.*`name`"),
+        (lambda s: s.update(nmae="x"), "nmae"),
+        (lambda s: s.update(version="1"), r"\$\.version"),
+        (lambda s: s.update(schema=2), "schema"),
+        (lambda s: s.update(sign="md5"), "sign: found 'md5'"),
+        (lambda s: s["lookups"].pop(), "expected those of the program's bags"),
+        (lambda s: s["lookups"][0].update(ids="x"), "expected those of the program's bags"),
+        (lambda s: s["lookups"][0].update(table="items"), "expected one parameter"),
+        (lambda s: s["lookups"][0].update(vocabulary="nowhere.npy"), r"nowhere\.npy: found No such file"),
+        (
+            lambda s: s["lookups"][0].update(vocabulary="item.npy"),
+            "rows 6 to 10: found numbers other than 0, expected zeros",
+        ),
+        (lambda s: s["lookups"][0].update(vocabulary="signature.json"), r"signature\.json: found"),
+        (lambda s: s.update(program="nowhere.pt2"), r"nowhere\.pt2: found no such file"),
+    ],
+)
+def test_a_signature_that_does_not_fit_is_refused_and_nothing_is_written(model, tmp_path, edit, message):
+    change(model, edit)
+    with pytest.raises(BadData, match=message):
+        prune(model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_directory_without_a_signature_is_refused(tmp_path):
+    with pytest.raises(BadData, match=r"signature\.json: found No such file"):
+        prune(tmp_path, tmp_path / "out")
+
+
+def test_a_program_without_lookups_is_refused(model, tmp_path):
+    net = torch.nn.Linear(3, 1)
+    torch.export.save(torch.export.export(net, (torch.zeros(2, 3),)), model / "program.pt2")
+    with pytest.raises(BadData, match="found no embedding_bag, expected a lookup to cut"):
+        prune(model, tmp_path / "out")
+
+
+@pytest.mark.parametrize("bag", [{"mode": "max"}, {"padding_idx": 0}], ids=str)
+def test_a_bag_that_cannot_be_cut_is_refused_by_name(model, tmp_path, bag):
+    export(Net(**bag), model / "program.pt2")
+    with pytest.raises(BadData, match=r"lookup embedding_bag (mode|padding_idx): found"):
+        prune(model, tmp_path / "out")
+
+
+class Explosive:
+    """Writes a file when unpickled."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return open, (self.path, "w")
+
+
+def repacked(source, target, edit):
+    """A copy of a .pt2 in which `edit(name, bytes)` changed some parts."""
+    with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w") as new:
+        for name in old.namelist():
+            new.writestr(name, edit(name, old.read(name)))
+
+
+def test_nothing_of_a_program_is_unpickled(model, tmp_path):
+    bomb, program = tmp_path / "exploded", model / "program.pt2"
+    raw = pickle.dumps(Explosive(bomb))
+    torch.save({"x": Explosive(bomb)}, tmp_path / "bomb.pt")
+    original = shutil.copy(program, tmp_path / "original.pt2")
+
+    def hidden_in_inputs(name, part):
+        return (tmp_path / "bomb.pt").read_bytes() if "sample_inputs" in name else part
+
+    def hidden_in_weights(name, part):
+        if name.endswith("model_weights_config.json"):
+            config = json.loads(part)
+            next(iter(config["config"].values()))["use_pickle"] = True
+            return json.dumps(config)
+        return (tmp_path / "bomb.pt").read_bytes() if name.endswith("weights/weight_0") else part
+
+    def hidden_in_constants(name, part):
+        if name.endswith("model_constants_config.json"):
+            return json.dumps({"config": {"c": {"path_name": "opaque_obj_0", "is_param": False, "use_pickle": True}}})
+        return part
+
+    for edit in (hidden_in_inputs, hidden_in_weights, hidden_in_constants):
+        repacked(original, program, edit)
+        with pytest.raises(BadData, match="found a pickle"):
+            prune(model, tmp_path / "out")
+    for whole in (raw, (tmp_path / "bomb.pt").read_bytes()):
+        program.write_bytes(whole)
+        with pytest.raises(BadData, match=r"program\.pt2: found"):
+            prune(model, tmp_path / "out")
+    assert not bomb.exists()
+
+
+def test_damaged_programs_are_refused(model, tmp_path):
+    whole = (model / "program.pt2").read_bytes()
+    for broken in (b"", b"not a zip", whole[:100], whole[: len(whole) // 2], whole[:-30]):
+        (model / "program.pt2").write_bytes(broken)
+        with pytest.raises(BadData, match=r"program\.pt2"):
+            prune(model, tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+
+
+def test_more_keys_than_rows_are_refused():
+    with pytest.raises(BadData, match="found 3 keys, expected at most the 2 rows"):
+        rows_of("t", np.zeros((2, 1), np.float32), np.arange(3, dtype=np.uint64))
+
+
+def test_the_command_says_what_it_did_and_exits_1_on_errors(model, command):
+    done = command("prune-program", model)
+    assert done.returncode == 0, done.stderr
+    assert "largest difference 0" in done.stdout
+    assert (model.parent / "two-towers.pruned" / "manifest.json").is_file()
+    failed = command("prune-program", model.parent / "nowhere")
+    assert failed.returncode == 1
+    assert failed.stderr.startswith("prune-program: ")
+    assert failed.stderr.count("\n") == 1
