@@ -69,11 +69,12 @@ def shards_in(data: Path) -> int:
 
 
 def _version_of(path: Path) -> Version | None:
-    """The version a directory's name says; None for names that are none."""
+    """The version a directory's name says; None for names that are none, and for other spellings (7 for 7@0)."""
     try:
-        return Version.parse(path.name) if path.is_dir() else None
+        version = Version.parse(path.name)
     except BadData:
         return None
+    return version if str(version) == path.name and path.is_dir() else None
 
 
 def _open(directory: Path, table: str, version: Version, shard: int, shards: int) -> Segment:

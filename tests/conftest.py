@@ -1,7 +1,6 @@
 """What tests share: one small run of the whole path, and real processes that do not outlive a test."""
 
 import contextlib
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +9,20 @@ from typing import NamedTuple
 import pytest
 from places import BIN, ROOT
 
+import cube.cli
+import predictor.cli
+import predictor.client.cli
+import trainer_tools.prune_program
 from trainer_tools.demo import started
+
+COMMANDS = {
+    "cube-server": cube.cli.server,
+    "cube-build": cube.cli.build,
+    "cube-ctl": cube.cli.ctl,
+    "prune-program": trainer_tools.prune_program.main,
+    "predictor-server": predictor.cli.server,
+    "ctr-client": predictor.client.cli.main,
+}
 
 
 class Demo(NamedTuple):
@@ -47,19 +59,29 @@ def demo(tmp_path_factory) -> Demo:
 
 
 @pytest.fixture
-def command():
-    """Run one of our commands to its end: command("cube-build", ...) → CompletedProcess."""
+def process():
+    """Run one of our commands to its end as a process: process("cube-build", ...) → CompletedProcess."""
 
-    def run(tool, *args, cwd=ROOT, env=None, stdin=subprocess.DEVNULL):
-        return subprocess.run(
-            [str(BIN / tool), *map(str, args)],
-            cwd=cwd,
-            env=os.environ | (env or {}),
-            stdin=stdin,
-            capture_output=True,
-            text=True,
-            timeout=120,
-        )
+    def run(tool, *args, cwd=ROOT, stdin=subprocess.DEVNULL):
+        line = [str(BIN / tool), *map(str, args)]
+        return subprocess.run(line, cwd=cwd, stdin=stdin, capture_output=True, text=True, timeout=120)
+
+    return run
+
+
+@pytest.fixture
+def command(capfd, monkeypatch):
+    """The same within this process, for the many tests that need no process of their own."""
+
+    def run(tool, *args, cwd=ROOT):
+        monkeypatch.chdir(cwd)
+        capfd.readouterr()
+        try:
+            code = COMMANDS[tool](list(map(str, args)))
+        except SystemExit as end:
+            code = end.code
+        out, err = capfd.readouterr()
+        return subprocess.CompletedProcess([tool, *args], code, out, err)
 
     return run
 

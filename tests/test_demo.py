@@ -104,12 +104,17 @@ def root(demo, tmp_path):
     return tmp_path
 
 
+@contextlib.contextmanager
 def started(root, tool, *args):
-    process = subprocess.Popen([BIN / tool, *args], cwd=root, stdout=subprocess.PIPE, text=True)
-    return process, process.stdout.readline()
+    """A server as a user starts it, and its first line."""
+    with subprocess.Popen([BIN / tool, *args], cwd=root, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            yield process, process.stdout.readline()
+        finally:
+            process.kill()
 
 
-def test_the_commands_work_from_the_root_as_the_user_types_them(root, demo, command):
+def test_the_commands_work_from_the_root_as_the_user_types_them(root, demo, process):
     with contextlib.ExitStack() as stack:
         processes = []
         for tool, *args in (
@@ -117,40 +122,34 @@ def test_the_commands_work_from_the_root_as_the_user_types_them(root, demo, comm
             ("cube-server", "--shard", "1"),
             ("predictor-server", "--cube", "conf/cube.prototxt"),
         ):
-            process, line = started(root, tool, *args)
-            stack.callback(process.kill)
-            processes.append(process)
+            running, line = stack.enter_context(started(root, tool, *args))
+            processes.append(running)
             assert re.match(rf"{tool}: .*listening on 127\.0\.0\.1:18\d\d\d, serves ", line), line
             assert "@0" in line
         for stdin in (subprocess.DEVNULL, None):
             given = ["demo-data/test.tsv"] if stdin else []
             with (root / "demo-data" / "test.tsv").open() as lines:
-                done = command("ctr-client", *given, "--scores", "scores.txt", cwd=root, stdin=stdin or lines)
+                done = process("ctr-client", *given, "--scores", "scores.txt", cwd=root, stdin=stdin or lines)
             assert done.returncode == 0, done.stderr
             assert "ctr-client: 800 samples of" in done.stdout
             assert len(np.loadtxt(root / "scores.txt")) == 800
-        assert command("cube-ctl", "status", cwd=root).returncode == 0
-        for process in reversed(processes):
+        assert process("cube-ctl", "status", cwd=root).returncode == 0
+        for running in reversed(processes):
             begin = time.monotonic()
-            process.send_signal(signal.SIGINT)
-            assert process.wait(timeout=10) == 0
+            running.send_signal(signal.SIGINT)
+            assert running.wait(timeout=10) == 0
             assert time.monotonic() - begin < 1.5  # a second, and what a loaded machine adds
     shutil.copytree(demo.model, root / "fresh")
-    done = command("prune-program", "fresh/", cwd=root)
+    done = process("prune-program", "fresh/", cwd=root)
     assert done.returncode == 0, done.stderr
     assert (root / "fresh.pruned" / "manifest.json").is_file()
 
 
 def test_the_predictor_alone_serves_from_the_local_cube(root, command):
-    process, line = started(root, "predictor-server")
-    try:
+    with started(root, "predictor-server") as (_, line):
         assert "from local cube model.pruned/cube" in line
         done = command("ctr-client", "demo-data/test.tsv", "--json", cwd=root)
         assert '"samples": 800' in done.stdout
-    finally:
-        process.kill()
-        process.wait()
-        process.stdout.close()
 
 
 def test_a_client_without_a_server_or_with_bad_lines_exits_1_with_one_line(root, command):
