@@ -21,7 +21,10 @@ U = np.uint64
 
 def kernel(function: Callable[..., Any]) -> Any:
     """Compile on first call, keep on disk, run without the GIL."""
-    return njit(nogil=True, cache=True)(function)
+    try:
+        return njit(nogil=True, cache=True)(function)
+    except RuntimeError:  # no writable place: a read-only installation, a user without a home. Every start compiles then
+        return njit(nogil=True)(function)
 
 
 def inlined(function: Callable[..., Any]) -> Any:
@@ -71,10 +74,15 @@ def scaled(h: np.uint64, n: np.uint64) -> np.uint64:
 
 def warm(kernels: list[Any], run: Callable[[], object], say: Callable[[str], None]) -> None:
     """Run `run`, which calls each of `kernels`, so that no request waits for a compiler; `say` so if one has to run."""
-    cold = [k for k in kernels if not list(Path(k._cache.cache_path).glob(f"*.{k.__name__}-*.nbi"))]
+    cold = [k for k in kernels if not (k._cache.cache_path and _is_kept(Path(k._cache.cache_path), k.__name__))]
     if cold:
-        say(f"compiling {len(cold)} kernels, once per installation")
+        say(f"compiling {len(cold)} kernels, once per installation (NUMBA_CACHE_DIR says where they are kept)")
     begin = time.perf_counter()
     run()
     if cold:
         say(f"compiled in {time.perf_counter() - begin:.1f} s")
+
+
+def _is_kept(directory: Path, name: str) -> bool:
+    """Whether numba's index of a compiled kernel lies in a directory."""
+    return any(directory.glob(f"*.{name}-*.nbi"))

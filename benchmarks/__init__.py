@@ -1,0 +1,1 @@
+"""Measurements: `make bench WHAT=sign`. Each checks that answers are equal before it times anything."""
