@@ -23,7 +23,7 @@ def kernel(function: Callable[..., Any]) -> Any:
     """Compile on first call, keep on disk, run without the GIL."""
     try:
         return njit(nogil=True, cache=True)(function)
-    except RuntimeError:  # no writable place: a read-only installation, a user without a home. Every start compiles then
+    except RuntimeError:  # no place to keep it: a read-only installation, a user without a home. Every start compiles
         return njit(nogil=True)(function)
 
 

@@ -93,3 +93,15 @@ def test_shards_are_even_for_consecutive_keys_too():
     for shards in (2, 3, 7, 16):
         counts = np.bincount(shards_of(np.arange(100_000, dtype=np.uint64), shards), minlength=shards)
         assert counts.max() < 1.05 * counts.min()
+
+
+def test_kernels_work_where_their_machine_code_cannot_be_kept(monkeypatch):
+    from cube import kernels
+
+    def no_place(**options):
+        if options.get("cache"):
+            raise RuntimeError("cannot cache function: no locator available")
+        return lambda function: function
+
+    monkeypatch.setattr(kernels, "njit", no_place)
+    assert kernels.kernel(lambda x: x + 1)(2) == 3
