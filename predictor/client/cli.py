@@ -13,7 +13,6 @@ from tqdm import tqdm
 
 from cube.cli import conf_file, guarded
 from cube.config import settle
-from cube.errors import ServingError
 from predictor.client.ctr import Scored, batches_of, score
 from predictor.client.inference import AsyncClient
 from predictor.pb.predictor_config_pb2 import ClientConfig
@@ -78,7 +77,7 @@ def _scored(path: Path, target: str, model: str, config: ClientConfig) -> Scored
 
     try:
         return uvloop.run(run())
-    except* ServingError as group:
+    except BaseExceptionGroup as group:  # of the workers' task group: the first one says enough
         error: BaseException = group
         while isinstance(error, BaseExceptionGroup):
             error = error.exceptions[0]
