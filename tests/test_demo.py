@@ -138,7 +138,7 @@ def test_the_commands_work_from_the_root_as_the_user_types_them(root, demo, proc
             begin = time.monotonic()
             running.send_signal(signal.SIGINT)
             assert running.wait(timeout=10) == 0
-            assert time.monotonic() - begin < 1.5  # a second, and what a loaded machine adds
+            assert time.monotonic() - begin < 5  # under a second where nothing else runs
     shutil.copytree(demo.model, root / "fresh")
     done = process("prune-program", "fresh/", cwd=root)
     assert done.returncode == 0, done.stderr

@@ -1,6 +1,7 @@
 """A serving process: open the port, say so on one line, wait for a signal, drain."""
 
 import asyncio
+import gc
 import logging
 import signal
 from collections.abc import Awaitable, Callable, Mapping
@@ -29,6 +30,10 @@ class Process:
         """Serve until a signal. `announce` makes the one line for standard output from the address bound."""
         door = GrpcioDoor(handlers)
         bound = await door.start(listen)
+        # What was loaded stays: the collector need not walk it again, neither between requests nor at the end, where that
+        # takes torch's modules more than a second.
+        gc.collect()
+        gc.freeze()
         self.serving = True
         print(announce(bound), flush=True)
         reason = await self._stop
