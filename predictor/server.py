@@ -61,11 +61,11 @@ async def _models(config: PredictorConfig, endpoints: list[str]) -> AsyncIterato
         settings = models.Settings(threads, cube, config.max_samples, config.cube_timeout_ms / 1e3, config.cube_wait_s)
         try:
             for directory in config.model:
+                log.info("loading %s", directory)
                 model = await models.load(Path(directory), settings)
                 loaded.append(model)
                 if any(model.name == other.name for other in loaded[:-1]):
                     raise BadConfig(directory, f"model {model.name!r} again", "another name")
-                log.info("loaded %s from %s", models.describe(model), directory)
             yield loaded
         finally:
             for model in loaded:

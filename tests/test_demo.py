@@ -126,10 +126,9 @@ def test_the_commands_work_from_the_root_as_the_user_types_them(root, demo, proc
             processes.append(running)
             assert re.match(rf"{tool}: .*listening on 127\.0\.0\.1:18\d\d\d, serves ", line), line
             assert "@0" in line
-        for stdin in (subprocess.DEVNULL, None):
-            given = ["demo-data/test.tsv"] if stdin else []
+        for given in ([], ["demo-data/test.tsv"], ["-"]):
             with (root / "demo-data" / "test.tsv").open() as lines:
-                done = process("ctr-client", *given, "--scores", "scores.txt", cwd=root, stdin=stdin or lines)
+                done = process("ctr-client", *given, "--scores", "scores.txt", cwd=root, stdin=lines)
             assert done.returncode == 0, done.stderr
             assert "ctr-client: 800 samples of" in done.stdout
             assert len(np.loadtxt(root / "scores.txt")) == 800
@@ -156,6 +155,8 @@ def test_a_client_without_a_server_or_with_bad_lines_exits_1_with_one_line(root,
     done = command("ctr-client", "demo-data/test.tsv", "--target", "127.0.0.1:1", "--timeout-ms", 500, cwd=root)
     assert done.returncode == 1
     assert done.stderr.strip().splitlines()[-1].startswith("ctr-client: ")
+    (root / "empty.tsv").write_text("")
+    assert "lines to score: found none" in command("ctr-client", "empty.tsv", cwd=root).stderr
     (root / "bad.tsv").write_text("0\t1\n")
     done = command("ctr-client", "bad.tsv", cwd=root)
     assert done.returncode == 1

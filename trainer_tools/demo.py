@@ -111,6 +111,8 @@ def prepare(directory: Path, given: Path | None, lines: int) -> Prepared:
         truth = np.load(truth_file, allow_pickle=False)
     with bar(f"read {path}", None) as progress:
         rows = criteo.read(path, lines, progress)
+    if len(rows.labels) == lines and given is not None:
+        say(f"using the first {lines:,} lines of {path}; LINES=n for another number")
     at = max(1, min(len(rows.labels) - 1, round(len(rows.labels) * (1 - TEST_SHARE))))
     if len(rows.labels) < 2:
         raise BadData(str(path), "1 line", "at least 2: one to train on, one to test on")

@@ -30,8 +30,8 @@ class Process:
         """Serve until a signal. `announce` makes the one line for standard output from the address bound."""
         door = GrpcioDoor(handlers)
         bound = await door.start(listen)
-        # What was loaded stays: the collector need not walk it again, neither between requests nor at the end, where that
-        # takes torch's modules more than a second.
+        # What was loaded stays: the collector need not walk it again, neither between requests nor at the end, where
+        # torch's modules would take it more than a second.
         gc.collect()
         gc.freeze()
         self.serving = True

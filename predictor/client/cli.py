@@ -3,7 +3,6 @@
 import argparse
 import json
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from tqdm import tqdm
 
 from cube.cli import conf_file, guarded
 from cube.config import settle
+from cube.errors import BadConfig
 from predictor.client.ctr import Scored, batches_of, score
 from predictor.client.inference import AsyncClient
 from predictor.pb.predictor_config_pb2 import ClientConfig
@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "file",
         nargs="?",
         metavar="FILE",
-        help="lines to score (default: standard input, or `data` of the configuration)",
+        help="lines to score, - for standard input (default: `data` of the configuration)",
     )
     parser.add_argument(
         "--target", metavar="HOST:PORT", help="address of the predictor-server (default: 127.0.0.1:8500)"
@@ -52,9 +52,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def work() -> int:
         config = settle(ClientConfig(), conf_file(args.conf, DEFAULT_CONF), "CLIENT", os.environ, vars(args))
-        path = Path(
-            args.file or (config.data if sys.stdin.isatty() or sys.stdin.closed else "/dev/stdin") or "/dev/stdin"
-        )
+        given = args.file or config.data
+        if not given:
+            raise BadConfig("FILE", "none", "lines to score: a file, or - for standard input")
+        path = Path("/dev/stdin" if given == "-" else given)
         target, model = config.target or "127.0.0.1:8500", config.model or "ctr"
         scored = _scored(path, target, model, config)
         if args.scores and args.scores.endswith(".npy"):

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from cube.errors import BadRequest
+from cube.errors import BadData, BadRequest
 from predictor.client.inference import AsyncClient
 from trainer_tools import criteo
 from trainer_tools.criteo import CriteoRows
@@ -89,6 +89,8 @@ async def score(
         for _ in range(concurrency):
             group.create_task(work())
     seconds = time.perf_counter() - begin
+    if not latencies:
+        raise BadData("lines to score", "none", "at least one")
     if len(versions) != 1:
         raise BadRequest("answers", f"{len(versions)} combinations of versions", "one")
     ((version, tables),) = versions
