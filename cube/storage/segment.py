@@ -88,6 +88,9 @@ class Header(NamedTuple):
             RowFormat(row_format), dim, keys, places, buckets, seed, shard, shards, Version(base, delta),
             pilots_offset, places_offset, file_bytes, table.rstrip(b"\0").decode(),
         )  # fmt: skip
+        if not (dim >= 1 and keys <= places and 1 <= places < 1 << 32 and buckets >= 2 and shard < shards):
+            counts = f"dim {dim}, {keys} keys in {places} places, {buckets} buckets, shard {shard} of {shards}"
+            raise DataCorrupt(where, counts, "the ranges of FORMAT.md")  # a kernel would read outside the file
         if header != _laid_out(header) or place_bytes != header.place_bytes:
             raise DataCorrupt(where, "a header whose offsets do not fit its counts", "the layout of FORMAT.md")
         return header

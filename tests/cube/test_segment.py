@@ -124,6 +124,19 @@ def test_checks_come_in_the_order_magic_version_checksum_length(tmp_path):
     assert "at the start" in stages[3]
 
 
+@pytest.mark.parametrize(
+    "lie",
+    [{"dim": 0}, {"places": 0}, {"places": 1 << 32}, {"keys": 99}, {"buckets": 1}, {"shard": 1}, {"table": "x" * 9}],
+)
+def test_a_header_that_lies_with_a_right_checksum_is_refused(tmp_path, lie):
+    path = written(tmp_path / "s.seg", [5], [[1.0]])
+    whole = path.read_bytes()
+    header = segment._laid_out(Segment(path).header._replace(**lie))
+    path.write_bytes(header.encode() + whole[segment.PAGE :])
+    with pytest.raises(DataCorrupt, match="expected the ranges of FORMAT"):
+        Segment(path)
+
+
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(DataCorrupt, match=r"nowhere\.seg: found No such file"):
         Segment(tmp_path / "nowhere.seg")
