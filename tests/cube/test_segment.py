@@ -125,7 +125,7 @@ def test_checks_come_in_the_order_magic_version_checksum_length(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "lie",
+    "lie", [{"dim": 0}, {"places": 0}, {"places": 1 << 32}, {"keys": 99}, {"buckets": 1}, {"shard": 1}]
 )
 def test_a_header_that_lies_with_a_right_checksum_is_refused(tmp_path, lie):
     path = written(tmp_path / "s.seg", [5], [[1.0]])
