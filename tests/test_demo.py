@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 from places import BIN, ROOT
 
-from trainer_tools import synthetic
+from trainer_tools import criteo, synthetic
+from trainer_tools import demo as whole_path
 
 
 def test_served_scores_equal_the_trained_programs_in_both_cube_modes(demo):
@@ -43,6 +44,33 @@ def test_the_demo_prints_what_it_must(demo):
 
 def test_no_process_of_the_demo_is_left(demo):
     assert not processes_under(demo.root)
+
+
+@pytest.mark.parametrize(
+    ("served", "message"),
+    [
+        (np.full(10, 0.5 + 2e-5, np.float32), "served scores differ from offline ones by 2"),
+        (np.full(10, np.nan, np.float32), "served scores differ from offline ones by nan"),
+        (np.full(9, 0.5, np.float32), "9 served scores, 10 offline ones"),
+    ],
+)
+def test_a_served_score_that_differs_fails_the_demo(monkeypatch, served, message):
+    def client(tool, *args):
+        np.save(args[-1], served)
+
+    rows = criteo.CriteoRows(np.arange(10, dtype=np.int8) % 2, *[np.empty(0)] * 3)
+    monkeypatch.setattr(whole_path, "run_tool", client)
+    offline = np.full(10, 0.5, np.float32)
+    with pytest.raises(whole_path.Failed, match=message):
+        whole_path._score_and_compare("h:1", whole_path.Prepared(rows, rows, Path("x"), None), offline, 0.5)
+
+
+def test_a_tool_that_fails_fails_the_demo():
+    with pytest.raises(whole_path.Failed, match="cube-ctl exited with 1"):
+        whole_path.run_tool("cube-ctl", "verify", "/nowhere")
+    starting = whole_path.started("cube-server", "--shard", "0", "--shards", "1", "--data", "/nowhere")
+    with pytest.raises(whole_path.Failed, match="cube-server did not start: exit code 1"), starting:
+        pass
 
 
 def test_a_wrong_data_file_fails_the_demo_and_names_the_line(tmp_path):
