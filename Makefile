@@ -30,8 +30,8 @@ bench: $(VENV)/.dev  ## WHAT=sign|serving: measure, and write benchmarks/results
 proto: $(VENV)/.dev  ## generate cube/pb and predictor/pb from proto/
 	@$(BIN)/python tests/test_generated.py
 
-clean:  ## remove the virtual environment and what the demo left
-	rm -rf $(VENV) model model.pruned cube-data demo-data
+clean:  ## remove the virtual environment and the demo's data
+	rm -rf $(VENV) demo-data
 
 $(VENV)/.made:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo 'Python 3.11 or newer is needed: make PYTHON=python3.11 ...'; exit 1; }

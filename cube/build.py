@@ -62,8 +62,7 @@ def build(
     Of rows with the same key the last wins. `progress` is told how many keys each finished shard holds. Raises
     BadData for an existing version or a bad name.
     """
-    if not table or table.startswith(".") or "/" in table or len(table.encode()) > segment.TABLE_NAME_BYTES:
-        raise BadData("table name", repr(table), f"1 to {segment.TABLE_NAME_BYTES} bytes, no '/', no dot first")
+    check_table_name(table)
     if not 1 <= shards <= 65535:
         raise BadData("shards", shards, "1 to 65535")
     last = _last_of_each(rows.keys)
@@ -78,6 +77,12 @@ def build(
             segment.write(path, table, version, shard, shards, rows.keys[mine], rows.rows[mine])
             progress(mine.size)
     return Built(data / table / str(version), counts.tolist(), len(rows.keys) - last.size)
+
+
+def check_table_name(table: str) -> None:
+    """Raise BadData for a name that cannot be a directory of its own."""
+    if not table or table.startswith(".") or {"/", "\0"} & set(table) or len(table.encode()) > segment.TABLE_NAME_BYTES:
+        raise BadData("table name", repr(table), f"1 to {segment.TABLE_NAME_BYTES} bytes, no '/', no dot first")
 
 
 def _last_of_each(keys: NDArray[np.uint64]) -> NDArray[np.int64]:

@@ -37,6 +37,13 @@ def guarded(program: str, work: Callable[[], int]) -> int:
         return 130
 
 
+def positive(text: str) -> int:
+    """A flag's number, at least 1: 0 would read as a field that is not set, so as the default."""
+    if not (text.isascii() and text.isdigit() and int(text) > 0):
+        raise argparse.ArgumentTypeError(f"found {text!r}, expected a whole number of at least 1")
+    return int(text)
+
+
 def log_to_stderr(program: str) -> None:
     """One line per life-cycle event."""
     logging.basicConfig(
@@ -67,10 +74,10 @@ def server(argv: Sequence[str] | None = None) -> int:
         "--listen", metavar="HOST:PORT", help="address to listen on; port 0 takes a free one (default: the shard's)"
     )
     parser.add_argument(
-        "--keep-versions", type=int, metavar="N", help="newest versions of each table kept open (default: 2)"
+        "--keep-versions", type=positive, metavar="N", help="newest versions of each table kept open (default: 2)"
     )
     parser.add_argument(
-        "--max-keys", type=int, metavar="N", help="largest number of keys in one call (default: 4194304)"
+        "--max-keys", type=positive, metavar="N", help="largest number of keys in one call (default: 4194304)"
     )
     parser.add_argument("--check", action="store_true", help="check settings and files, serve nothing")
     args = parser.parse_args(argv)

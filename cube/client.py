@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import numpy as np
+from google.protobuf.message import DecodeError
 from numpy.typing import NDArray
 
 from cube.errors import BadConfig, DataCorrupt, DeadlineExceeded, ShardUnavailable, Unavailable
@@ -16,7 +17,7 @@ from cube.kernels import U, kernel, mix
 from cube.keys import shards_of
 from cube.pb import cube_pb2 as pb
 from cube.rpc.channel import Channel
-from cube.service import LOOKUP, STATUS
+from cube.service import KEYS_ON_LOOP, LOOKUP, STATUS
 from cube.storage.index import KERNELS as INDEX_KERNELS
 from cube.table import Table, open_tables, shards_in
 from cube.version import Version
@@ -64,7 +65,9 @@ class LocalCube:
             _check(tables, _described(there), f"local cube {self._data} shard {shard}")
 
     async def gather(self, table: str, version: Version, keys: NDArray[np.uint64], timeout_s: float) -> Rows:
-        return self.rows(table, version, keys)
+        if keys.size <= KEYS_ON_LOOP:
+            return self.rows(table, version, keys)
+        return await asyncio.to_thread(self.rows, table, version, keys)
 
     def rows(self, table: str, version: Version | None, keys: NDArray[np.uint64]) -> Rows:
         """`gather` without an event loop; version None: the newest."""
@@ -111,7 +114,8 @@ class RemoteCube:
         return pb.StatusReply.FromString(reply)
 
     async def gather(self, table: str, version: Version, keys: NDArray[np.uint64], timeout_s: float) -> Rows:
-        asked = split(keys, len(self._channels))
+        many = keys.size > KEYS_ON_LOOP
+        asked = await asyncio.to_thread(split, keys, self.shards) if many else split(keys, self.shards)
         parts = await asyncio.gather(
             *(self._rows(shard, table, version, part, timeout_s) for shard, part in enumerate(asked.by_shard))
         )
@@ -127,15 +131,17 @@ class RemoteCube:
             table=table, version=pb.Version(base=version.base, delta=version.delta), keys=keys.tobytes()
         )
         message = pb.LookupRequest(tables=[asked]).SerializeToString()
-        reply = pb.LookupReply.FromString(await self._ask(shard, LOOKUP, message, timeout_s))
-        answer = reply.tables[0]
-        found = np.frombuffer(answer.found, np.bool_)
-        if found.size != keys.size or answer.dim != self._dims[table] or len(answer.rows) != 4 * answer.dim * keys.size:
-            what = f"{found.size} marks and {len(answer.rows)} bytes of rows of {answer.dim} elements"
-            raise DataCorrupt(
-                f"cube shard {shard} reply", what, f"those of {keys.size} keys, {self._dims[table]} elements a row"
-            )
-        return Rows(np.frombuffer(answer.rows, "<f4").reshape(keys.size, answer.dim), found)
+        place, dim = f"cube shard {shard} at {self._channels[shard].target} reply", self._dims[table]
+        try:
+            (answer,) = pb.LookupReply.FromString(await self._ask(shard, LOOKUP, message, timeout_s)).tables
+        except (DecodeError, ValueError) as error:
+            raise DataCorrupt(place, "bytes that are no reply to one table", "a LookupReply of one table") from error
+        marks = np.frombuffer(answer.found, np.uint8)
+        shape = (Version(answer.version.base, answer.version.delta), marks.size, answer.dim, len(answer.rows))
+        if shape != (version, keys.size, dim, 4 * dim * keys.size) or (marks > 1).any():
+            found = "version {}, {} marks, rows of {} elements in {} bytes".format(*shape)
+            raise DataCorrupt(place, found, f"version {version}, {keys.size} marks of 0 or 1, rows of {dim} elements")
+        return Rows(np.frombuffer(answer.rows, "<f4").reshape(keys.size, dim), marks.view(np.bool_))
 
     async def _ask(
         self, shard: int, path: str, message: bytes, timeout_s: float, wait_for_ready: bool = False
@@ -199,7 +205,7 @@ def split(keys: NDArray[np.uint64], shards: int) -> Split:
 def _looked_up(table: Table, version: Version | None, keys: NDArray[np.uint64]) -> Rows:
     dim = table.segment(version).header.dim
     rows, found = np.empty((keys.size, dim), np.float32), np.empty(keys.size, np.bool_)
-    table.lookup(version, keys, rows, found)
+    table.segment(version).lookup(keys, rows, found)
     return Rows(rows, found)
 
 

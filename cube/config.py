@@ -78,10 +78,9 @@ def _typed(field: FieldDescriptor, raw: str, place: str) -> Any:
         if raw.lower() not in ("true", "false"):
             raise BadConfig(place, repr(raw), "true or false")
         return raw.lower() == "true"
-    try:
-        return int(raw)
-    except ValueError as error:
-        raise BadConfig(place, repr(raw), "a whole number") from error
+    if not (raw.isascii() and raw.isdigit() and int(raw) > 0):  # 0 would read as a field that is not set
+        raise BadConfig(place, repr(raw), "a whole number of at least 1")
+    return int(raw)
 
 
 def _nested(message: Message) -> list[Any]:

@@ -32,12 +32,17 @@ class ServingError(Exception):
     wire = Wire("INTERNAL", 500, retry=False)
 
 
+def _short(text: str, most: int = 300) -> str:
+    """A part of a message, cut: names come from callers, and a status that is too long is lost on the way."""
+    return text if len(text) <= most else f"{text[: most - 20]}… ({len(text)} characters)"
+
+
 class _Unexpected(ServingError):
     """An error of the form place, found, expected."""
 
     def __init__(self, place: str, found: object, expected: object):
-        super().__init__(f"{place}: found {found}, expected {expected}")
-        self.place, self.found, self.expected = place, str(found), str(expected)
+        self.place, self.found, self.expected = _short(place), _short(str(found)), _short(str(expected))
+        super().__init__(f"{self.place}: found {self.found}, expected {self.expected}")
 
 
 class BadRequest(_Unexpected):
@@ -70,7 +75,7 @@ class NotServed(ServingError):
     wire = Wire("NOT_FOUND", 404, retry=False)
 
     def __init__(self, what: str, served: list[str]):
-        super().__init__(f"{what}: not served here, which serves {', '.join(served) if served else 'none'}")
+        super().__init__(f"{_short(what)}: not served here, which serves {_short(', '.join(served) or 'none')}")
         self.what, self.served = what, served
 
 

@@ -166,6 +166,6 @@ def _checked(
     slots, starts, sizes = (np.ascontiguousarray(a, np.int64) for a in (slots, starts, sizes))
     if not slots.size == starts.size == sizes.size:
         raise BadData("texts", f"{slots.size} slots, {starts.size} starts, {sizes.size} sizes", "as many of each")
-    if starts.size and (starts.min() < 0 or sizes.min() < 0 or (starts + sizes).max() > data.size):
+    if starts.size and (starts.min() < 0 or sizes.min() < 0 or (starts > data.size - sizes).any()):
         raise BadData("texts", "a text outside its buffer", f"starts and sizes within {data.size} bytes")
     return slots, np.ascontiguousarray(data, np.uint8), starts, sizes

@@ -52,11 +52,13 @@ def _announcement(bound: str, service: CubeService) -> str:
 
 
 def _touch(tables: dict[str, Table]) -> None:
-    """One lookup per segment, straight at the segment so that nothing is counted."""
+    """One lookup per segment, straight at the segment so that nothing is counted. Keys are read-only as on the wire."""
     for table in tables.values():
         for version in table.versions:
             segment = table.segment(version)
-            segment.lookup(np.zeros(1, np.uint64), np.empty((1, segment.header.dim), np.float32), np.empty(1, np.bool_))
+            segment.lookup(
+                np.frombuffer(bytes(8), np.uint64), np.empty((1, segment.header.dim), np.float32), np.empty(1, np.bool_)
+            )
 
 
 def open_shard(config: CubeConfig, shard: int) -> dict[str, Table]:

@@ -1,5 +1,7 @@
 """Answers lookups: the same behind every door."""
 
+import asyncio
+
 import numpy as np
 
 from cube.errors import NotServed
@@ -10,6 +12,7 @@ from cube.version import Version
 
 LOOKUP, STATUS = "/cube_serving.cube.Cube/Lookup", "/cube_serving.cube.Cube/Status"
 DEFAULT_MAX_KEYS = 4 << 20
+KEYS_ON_LOOP = 20_000  # about 2 ms of lookups
 
 
 class CubeService:
@@ -24,8 +27,11 @@ class CubeService:
         """By gRPC path."""
         return {LOOKUP: self.lookup, STATUS: self.status}
 
-    def lookup(self, message: bytes, call: Call) -> bytes:
-        """LookupRequest → LookupReply; raises BadRequest, NotServed, DeadlineExceeded."""
+    async def lookup(self, message: bytes, call: Call) -> bytes:
+        """LookupRequest → LookupReply; raises BadRequest, NotServed, DeadlineExceeded.
+
+        Many keys are looked up in a thread, so that the loop answers others meanwhile.
+        """
         request, reply = parse(pb.LookupRequest, message), pb.LookupReply()
         for asked in request.tables:
             call.remaining_s(at_most=1.0)  # nobody waits for an answer after the deadline
@@ -36,7 +42,11 @@ class CubeService:
             keys = check_keys(f"table {asked.table!r} keys", asked.keys, self._max_keys)
             dim = table.segment(version).header.dim
             rows, found = np.empty((keys.size, dim), np.float32), np.empty(keys.size, np.bool_)
-            absent = table.lookup(version, keys, rows, found)
+            if keys.size <= KEYS_ON_LOOP:
+                absent = table.segment(version).lookup(keys, rows, found)
+            else:
+                absent = await asyncio.to_thread(table.segment(version).lookup, keys, rows, found)
+            table.count(keys.size, absent)
             reply.tables.add(
                 version=pb.Version(base=version.base, delta=version.delta),
                 dim=dim,

@@ -1,5 +1,6 @@
 """One table on one shard: the versions of it that this process has open."""
 
+import logging
 import re
 from pathlib import Path
 
@@ -9,6 +10,8 @@ from numpy.typing import NDArray
 from cube.errors import BadConfig, BadData, BadRequest, NotServed
 from cube.storage.segment import Segment, file_name
 from cube.version import Version
+
+log = logging.getLogger(__name__)
 
 _SHARDS_IN_NAME = re.compile(r"\d+-of-(\d+)\.seg")
 
@@ -34,14 +37,10 @@ class Table:
             raise NotServed(f"table {self.name!r} version {version}", [str(v) for v in self.versions])
         return found
 
-    def lookup(
-        self, version: Version | None, keys: NDArray[np.uint64], out: NDArray[np.float32], found: NDArray[np.bool_]
-    ) -> int:
-        """`Segment.lookup` of one version, counted. Returns the number of absent keys."""
-        absent = self.segment(version).lookup(keys, out, found)
-        self.keys_found += keys.size - absent
+    def count(self, keys: int, absent: int) -> None:
+        """Take a lookup into account."""
+        self.keys_found += keys - absent
         self.keys_absent += absent
-        return absent
 
 
 def open_tables(data: Path, shard: int, shards: int, keep_versions: int = 2) -> dict[str, Table]:
@@ -53,7 +52,12 @@ def open_tables(data: Path, shard: int, shards: int, keep_versions: int = 2) -> 
         raise BadConfig(str(data), "no such directory", "the output of cube-build")
     tables = {}
     for directory in sorted(p for p in data.iterdir() if p.is_dir() and not p.name.startswith(".")):
-        versions = sorted((v for v in map(_version_of, directory.iterdir()) if v), reverse=True)[:keep_versions]
+        built = sorted((v for v in map(_version_of, directory.iterdir()) if v), reverse=True)
+        versions = [v for v in built if _is_for(directory / str(v), shards)][:keep_versions]
+        for version in built[: len(built) - len(versions)]:
+            if not _is_for(directory / str(version), shards):
+                log.warning("%s/%s is not built for %d shards: passed over", directory, version, shards)
+        versions = versions or built[:1]  # whose error says what is there
         if versions:
             segments = {v: _open(directory / str(v), directory.name, v, shard, shards) for v in versions}
             tables[directory.name] = Table(directory.name, segments)
@@ -75,6 +79,11 @@ def _version_of(path: Path) -> Version | None:
     except BadData:
         return None
     return version if str(version) == path.name and path.is_dir() else None
+
+
+def _is_for(directory: Path, shards: int) -> bool:
+    """Whether a version was built for so many shards, this one's file there or not."""
+    return any(directory.glob(f"*-of-{shards}.seg"))
 
 
 def _open(directory: Path, table: str, version: Version, shard: int, shards: int) -> Segment:

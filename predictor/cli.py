@@ -3,10 +3,11 @@
 import argparse
 import asyncio
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from cube.cli import conf_file, endpoints, guarded, log_to_stderr
+from cube.cli import conf_file, endpoints, guarded, log_to_stderr, positive
 from cube.config import settle
 from predictor.pb.predictor_config_pb2 import PredictorConfig
 
@@ -36,14 +37,19 @@ def server(argv: Sequence[str] | None = None) -> int:
         help="cube.prototxt, or host:port of each shard, comma separated (default: the model's local cube)",
     )
     parser.add_argument(
-        "--max-samples", type=int, metavar="N", help="largest number of samples in one request (default: 65536)"
-    )
-    parser.add_argument("--cube-wait-s", type=int, metavar="S", help="longest wait for the cube at start (default: 30)")
-    parser.add_argument(
-        "--cube-timeout-ms", type=int, metavar="MS", help="longest wait for the rows of one request (default: 2000)"
+        "--max-samples", type=positive, metavar="N", help="largest number of samples in one request (default: 65536)"
     )
     parser.add_argument(
-        "--compute-threads", type=int, metavar="N", help="requests computed at once (default: the number of cores)"
+        "--cube-wait-s", type=positive, metavar="S", help="longest wait for the cube at start (default: 30)"
+    )
+    parser.add_argument(
+        "--cube-timeout-ms",
+        type=positive,
+        metavar="MS",
+        help="longest wait for the rows of one request (default: 2000)",
+    )
+    parser.add_argument(
+        "--compute-threads", type=positive, metavar="N", help="requests computed at once (default: the number of cores)"
     )
     parser.add_argument("--check", action="store_true", help="load everything, serve nothing")
     args = parser.parse_args(argv)
@@ -62,6 +68,9 @@ def server(argv: Sequence[str] | None = None) -> int:
             )
             return 0
         predictor_server.serve(config, shards)
+        if predictor_server.is_computing():
+            sys.stdout.flush()
+            os._exit(0)  # the interpreter would wait for a run that nobody waits for any more
         return 0
 
     log_to_stderr("predictor-server")

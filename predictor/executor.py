@@ -10,7 +10,7 @@ from typing import Any
 
 from cube.rpc.calls import Call
 from predictor.ops.op import Values
-from predictor.ops.read import SAMPLES
+from predictor.ops.read import WORK
 from predictor.workflow import Stage
 
 # Handing a run to a thread and back costs 0.1 to 0.4 ms of CPU for two futex wake-ups, and several times that where the
@@ -21,7 +21,7 @@ _NEWEST_WEIGHT = 0.2
 
 
 class RunTimes:
-    """CPU seconds of a stage's runs by size class: a moving average per power of two of samples. Unknown is long.
+    """CPU seconds of a stage's runs by size class: a moving average per power of two of work. Unknown is long.
 
     CPU time, not wall time: a run in a thread that waits for the GIL would look long, and stay in a thread for ever.
     """
@@ -29,15 +29,15 @@ class RunTimes:
     def __init__(self) -> None:
         self._seconds = [math.inf] * 64
 
-    def is_short(self, samples: int) -> bool:
-        """Whether a run of so many samples is expected to be too short for a thread."""
-        return self._seconds[samples.bit_length()] < SHORT_S
+    def is_short(self, work: int) -> bool:
+        """Whether a run of so much work is expected to be too short for a thread."""
+        return self._seconds[work.bit_length()] < SHORT_S
 
-    def learn(self, samples: int, seconds: float) -> None:
+    def learn(self, work: int, seconds: float) -> None:
         """Take one run into account."""
-        known = self._seconds[samples.bit_length()]
+        known = self._seconds[work.bit_length()]
         fresh = seconds if known == math.inf else known + _NEWEST_WEIGHT * (seconds - known)
-        self._seconds[samples.bit_length()] = fresh
+        self._seconds[work.bit_length()] = fresh
 
 
 class Executor:
@@ -56,12 +56,12 @@ class Executor:
                     made = op.run(values, call)
                     values |= await made if inspect.isawaitable(made) else made
                 continue
-            if times.is_short(values[SAMPLES]):
+            if times.is_short(values[WORK]):
                 seconds = _compute(stage, values, call)
             else:
                 loop = asyncio.get_running_loop()
                 seconds = await loop.run_in_executor(self._threads, _compute, stage, values, call)
-            times.learn(values[SAMPLES], seconds)
+            times.learn(values[WORK], seconds)
         return values
 
 

@@ -1,6 +1,7 @@
 """A directory → a model that answers: manifest, engine, cube, workflow."""
 
 import hashlib
+import logging
 from collections.abc import Mapping
 from concurrent.futures import Executor as Threads
 from dataclasses import dataclass
@@ -27,6 +28,8 @@ from predictor.workflow import stages
 from trainer_tools import manifest
 from trainer_tools.manifest import Lookup, Manifest, Tensor
 
+log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -35,6 +38,7 @@ class Settings:
     threads: Threads
     cube: Cube | None
     max_samples: int
+    max_keys: int
     cube_timeout_s: float
     cube_wait_s: float
 
@@ -76,7 +80,14 @@ async def load(directory: Path, settings: Settings) -> Model:
         model = await _pruned(directory, settings)
     else:
         model = _plain(directory, settings)
-    await model.run(_warm_up(model), Call("warm-up", {}, None))
+    for request in _warm_up(model):
+        try:
+            await model.run(request, Call("warm-up", {}, None))
+        except Exception as error:
+            if model.tables:
+                raise
+            # zeros of size 2 may not suit a program that we know nothing of; its callers will tell
+            log.warning("model %s: warm-up failed (%s), so its first request will be slow", model.name, error)
     return model
 
 
@@ -86,7 +97,7 @@ async def _pruned(directory: Path, settings: Settings) -> Model:
     said = manifest.read(Manifest, path)
     if said.sign != SIGN_RULE:
         raise BadConfig(f"{path} sign", repr(said.sign), repr(SIGN_RULE))
-    program = directory / said.program.file
+    program = manifest.inside(directory, said.program.file, f"{path} program.file")
     _check_hash(program, said.program.sha256, path)
     engine = TorchEngine(program)
     feeds = [t for t in engine.inputs if t.name in {lookup.feed for lookup in said.lookups}]
@@ -97,7 +108,10 @@ async def _pruned(directory: Path, settings: Settings) -> Model:
     cube = settings.cube if settings.cube or not said.tables else _local(directory, said, path)
     if cube and said.tables:
         await cube.open(said.table_versions(), settings.cube_wait_s)
-    ops: list[Op] = [Read(said.inputs, said.lookups, settings.max_samples, finite=True), Dense(engine)]
+    ops: list[Op] = [
+        Read(said.inputs, said.lookups, settings.max_samples, settings.max_keys, finite=True),
+        Dense(engine),
+    ]
     for lookup in said.lookups:
         if lookup.table not in said.tables:
             raise BadConfig(
@@ -105,9 +119,11 @@ async def _pruned(directory: Path, settings: Settings) -> Model:
                 f"table {lookup.table!r}",
                 f"one of {', '.join(said.tables) or 'none'}",
             )
-        assert cube is not None
-        version = said.table_versions()[lookup.table][0]
-        ops += [Sign(lookup), Gather(lookup, version, cube, settings.cube_timeout_s), Pool(lookup)]
+        ops += [Sign(lookup), Pool(lookup)]
+    if said.lookups:
+        assert cube is not None  # there are tables, so one was opened or refused
+        versions = {name: version for name, (version, _) in said.table_versions().items()}
+        ops.append(Gather(said.lookups, versions, cube, settings.cube_timeout_s))
     sparse = [
         tensor
         for lookup in said.lookups
@@ -138,7 +154,7 @@ def _plain(directory: Path, settings: Settings) -> Model:
     if (directory / manifest.SIGNATURE_FILE).exists():
         raise BadConfig(str(directory), "a trained program with its tables", f"a pruned one: prune-program {directory}")
     engine: Engine = TorchEngine(programs[0])
-    ops: list[Op] = [Read(engine.inputs, [], settings.max_samples, finite=False), Dense(engine)]
+    ops: list[Op] = [Read(engine.inputs, [], settings.max_samples, 0, finite=False), Dense(engine)]
     return Model(
         name=directory.resolve().name,
         version="1",
@@ -156,7 +172,7 @@ def _plain(directory: Path, settings: Settings) -> Model:
 def _local(directory: Path, said: Manifest, path: Path) -> LocalCube:
     if said.cube is None:
         raise BadConfig(f"{path} cube", "no local cube", "the address of a cube: --cube")
-    return LocalCube(directory / said.cube)
+    return LocalCube(manifest.inside(directory, said.cube, f"{path} cube"))
 
 
 def _check_hash(program: Path, expected: str, path: Path) -> None:
@@ -169,16 +185,25 @@ def _check_hash(program: Path, expected: str, path: Path) -> None:
         raise BadConfig(str(program), f"sha256 {found}", f"{expected}, as {path} says: they were not written together")
 
 
-def _warm_up(model: Model) -> Values:
-    """One request of two samples: zeros, and texts where the model takes keys, so that every op and kernel runs."""
-    values: Values = {
+def _warm_up(model: Model) -> list[Values]:
+    """Requests of two samples of zeros, so that every op and kernel has run: with keys, and with texts instead.
+
+    Arrays are read-only, as those over a request's bytes are: numba compiles kernels for them apart.
+    """
+    with_keys: Values = {
         t.name: np.zeros([2 if size == -1 else size for size in t.shape], DTYPES[t.datatype]) for t in model.inputs
     }
     for lookup in model._lookups:
-        values[lookup.lengths] = np.ones((2, len(lookup.slots)), np.int32)
-        values[lookup.text] = texts([b""] * (2 * len(lookup.slots)))
-        del values[lookup.keys]
-    return values
+        with_keys[lookup.lengths] = np.ones((2, len(lookup.slots)), np.int32)
+        with_keys[lookup.keys] = np.zeros(2 * len(lookup.slots), np.uint64)
+    for array in with_keys.values():
+        array.flags.writeable = False
+    if not model._lookups:
+        return [with_keys]
+    with_texts = dict(with_keys)
+    for lookup in model._lookups:
+        with_texts[lookup.text] = texts([b""] * with_texts.pop(lookup.keys).size)
+    return [with_keys, with_texts]
 
 
 def describe(model: Model) -> str:

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import threading
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
@@ -17,6 +18,8 @@ from predictor.service import InferenceService
 
 log = logging.getLogger(__name__)
 
+COMPUTE = "compute"  # name of the compute threads
+
 
 def checked(config: PredictorConfig) -> PredictorConfig:
     """The settings with defaults filled in; raises BadConfig for what cannot be served."""
@@ -26,6 +29,7 @@ def checked(config: PredictorConfig) -> PredictorConfig:
         raise BadConfig("model", "none", "a directory that prune-program wrote: --model DIR")
     settled.listen = config.listen or "127.0.0.1:8500"
     settled.max_samples = config.max_samples or 65_536
+    settled.max_keys = config.max_keys or 4 << 20
     settled.cube_wait_s = config.cube_wait_s or 30
     settled.cube_timeout_ms = config.cube_timeout_ms or 2_000
     settled.compute_threads = config.compute_threads or os.cpu_count() or 1
@@ -57,21 +61,37 @@ async def _models(config: PredictorConfig, endpoints: list[str]) -> AsyncIterato
     """The models that `config` names, loaded; released when the block ends."""
     cube = RemoteCube(endpoints) if endpoints else None
     loaded: list[models.Model] = []
-    with ThreadPoolExecutor(config.compute_threads, "compute") as threads:
-        settings = models.Settings(threads, cube, config.max_samples, config.cube_timeout_ms / 1e3, config.cube_wait_s)
-        try:
-            for directory in config.model:
-                log.info("loading %s", directory)
-                model = await models.load(Path(directory), settings)
-                loaded.append(model)
-                if any(model.name == other.name for other in loaded[:-1]):
-                    raise BadConfig(directory, f"model {model.name!r} again", "another name")
-            yield loaded
-        finally:
-            for model in loaded:
-                await model.close()
-            if cube:
-                await cube.close()
+    threads = ThreadPoolExecutor(config.compute_threads, COMPUTE)
+    settings = models.Settings(
+        threads=threads,
+        cube=cube,
+        max_samples=config.max_samples,
+        max_keys=config.max_keys,
+        cube_timeout_s=config.cube_timeout_ms / 1e3,
+        cube_wait_s=config.cube_wait_s,
+    )
+    try:
+        for directory in config.model:
+            log.info("loading %s", directory)
+            model = await models.load(Path(directory), settings)
+            loaded.append(model)
+            if any(model.name == other.name for other in loaded[:-1]):
+                raise BadConfig(directory, f"model {model.name!r} again", "another name")
+        yield loaded
+    finally:
+        threads.shutdown(wait=False, cancel_futures=True)
+        for model in loaded:
+            await model.close()
+        if cube:
+            await cube.close()
+
+
+def is_computing() -> bool:
+    """Whether a run goes on in a compute thread, for a caller whose call was given up when the drain was over."""
+    workers = [thread for thread in threading.enumerate() if thread.name.startswith(COMPUTE)]
+    for worker in workers:
+        worker.join(0.1)
+    return any(worker.is_alive() for worker in workers)
 
 
 def _announcement(bound: str, loaded: list[models.Model]) -> str:

@@ -20,6 +20,7 @@ DTYPES = {
     "INT8": np.dtype("i1"), "INT16": np.dtype("<i2"), "INT32": np.dtype("<i4"), "INT64": np.dtype("<i8"),
     "FP16": np.dtype("<f2"), "FP32": np.dtype("<f4"), "FP64": np.dtype("<f8"),
 }  # fmt: skip
+MAX_DIMENSIONS, MAX_ELEMENTS = 16, 1 << 40
 _DATATYPES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -52,9 +53,7 @@ def shape_text(shape: Sequence[int]) -> str:
 
 def decode(datatype: str, shape: Sequence[int], raw: bytes, place: str) -> Value:
     """A tensor from its raw bytes, without copying them; raises BadRequest naming `place`."""
-    if any(size < 0 for size in shape):
-        raise BadRequest(f"{place} shape", shape_text(shape), "no negative size")
-    count = math.prod(shape)
+    count = count_of(shape, place)
     if datatype == "BYTES":
         return _texts(tuple(shape), count, np.frombuffer(raw, np.uint8), place)
     dtype = DTYPES.get(datatype)
@@ -65,6 +64,17 @@ def decode(datatype: str, shape: Sequence[int], raw: bytes, place: str) -> Value
             place, f"{len(raw)} bytes", f"{count * dtype.itemsize}: {datatype} of shape {shape_text(shape)}"
         )
     return np.frombuffer(raw, dtype).reshape(tuple(shape))
+
+
+def count_of(shape: Sequence[int], place: str) -> int:
+    """Elements of a tensor; raises BadRequest for a shape that no array can have."""
+    if len(shape) > MAX_DIMENSIONS or any(not 0 <= size < MAX_ELEMENTS for size in shape):
+        expected = f"at most {MAX_DIMENSIONS} sizes from 0 to {MAX_ELEMENTS - 1}"
+        raise BadRequest(f"{place} shape", shape_text(shape), expected)
+    count = math.prod(shape)
+    if math.prod(size or 1 for size in shape) >= MAX_ELEMENTS:  # numpy refuses it for an empty array too
+        raise BadRequest(f"{place} shape", shape_text(shape), f"fewer than {MAX_ELEMENTS} elements")
+    return count
 
 
 def encode(value: Value) -> bytes:
@@ -80,7 +90,10 @@ def texts(elements: Sequence[bytes], shape: tuple[int, ...] | None = None) -> Te
     """A BYTES tensor of these elements; shape: [n] unless given."""
     sizes = np.fromiter(map(len, elements), np.int64, len(elements))
     return Texts(
-        shape or (len(elements),), np.frombuffer(b"".join(elements), np.uint8), np.cumsum(sizes) - sizes, sizes
+        (len(elements),) if shape is None else shape,
+        np.frombuffer(b"".join(elements), np.uint8),
+        np.cumsum(sizes) - sizes,
+        sizes,
     )
 
 

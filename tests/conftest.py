@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
+import hypothesis
 import pytest
 from places import BIN, ROOT
 
@@ -14,6 +15,9 @@ import predictor.cli
 import predictor.client.cli
 import trainer_tools.prune_program
 from trainer_tools.demo import started
+
+hypothesis.settings.register_profile("kernels", deadline=None)  # the first example may wait for a compiler
+hypothesis.settings.load_profile("kernels")
 
 COMMANDS = {
     "cube-server": cube.cli.server,

@@ -22,7 +22,7 @@ MAY_IMPORT = {
         "trainer_tools.manifest",
     },
     "predictor.cli": {"cube.cli", "cube.config"},
-    "predictor.engines": {"trainer_tools.manifest", "trainer_tools.programs"},
+    "predictor.engines": {"cube.errors", "trainer_tools.manifest", "trainer_tools.programs"},
     "predictor.client": {
         "cube.errors", "cube.rpc.channel", "predictor.pb", "predictor.tensors", "trainer_tools.criteo",
     },

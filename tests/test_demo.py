@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -63,6 +64,16 @@ def test_a_served_score_that_differs_fails_the_demo(monkeypatch, served, message
     offline = np.full(10, 0.5, np.float32)
     with pytest.raises(whole_path.Failed, match=message):
         whole_path._score_and_compare("h:1", whole_path.Prepared(rows, rows, Path("x"), None), offline, 0.5)
+
+
+def test_the_demo_removes_nothing_it_did_not_make(tmp_path):
+    (tmp_path / "cube-data" / "mine").mkdir(parents=True)
+    with pytest.raises(whole_path.Failed, match=r"cube-data is not of the demo's making"):
+        whole_path.fresh(tmp_path / "cube-data")
+    assert (tmp_path / "cube-data" / "mine").is_dir()
+    for _ in range(2):
+        whole_path.fresh(tmp_path / "new")
+        (tmp_path / "new" / "file").write_text("x")
 
 
 def test_a_tool_that_fails_fails_the_demo():
@@ -124,11 +135,14 @@ def root(demo, tmp_path):
     for name in ("model", "model.pruned", "cube-data", "demo-data"):
         (tmp_path / name).symlink_to(demo.root / name)
     shutil.copytree(ROOT / "conf", tmp_path / "conf")
-    cube = (tmp_path / "conf" / "cube.prototxt").read_text()
-    (tmp_path / "conf" / "cube.prototxt").write_text(cube.replace("8010", "18010").replace("8011", "18011"))
-    for name in ("predictor", "client"):
-        text = (tmp_path / "conf" / f"{name}.prototxt").read_text()
-        (tmp_path / "conf" / f"{name}.prototxt").write_text(text.replace("8500", "18500"))
+    with contextlib.ExitStack() as taken:
+        sockets = [taken.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(3)]
+        free = [str(listening.getsockname()[1]) for listening in sockets]
+    for path in (tmp_path / "conf").iterdir():
+        text = path.read_text()
+        for port, other in zip(("8010", "8011", "8500"), free, strict=True):
+            text = text.replace(f"127.0.0.1:{port}", f"127.0.0.1:{other}")
+        path.write_text(text)
     return tmp_path
 
 
@@ -152,7 +166,7 @@ def test_the_commands_work_from_the_root_as_the_user_types_them(root, demo, proc
         ):
             running, line = stack.enter_context(started(root, tool, *args))
             processes.append(running)
-            assert re.match(rf"{tool}: .*listening on 127\.0\.0\.1:18\d\d\d, serves ", line), line
+            assert re.match(rf"{tool}: .*listening on 127\.0\.0\.1:\d+, serves ", line), line
             assert "@0" in line
         for given in ([], ["demo-data/test.tsv"], ["-"]):
             with (root / "demo-data" / "test.tsv").open() as lines:

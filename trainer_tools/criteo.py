@@ -9,6 +9,7 @@ does: (x - min) / range, a blank is 0.
 """
 
 import gzip
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, cast
@@ -26,7 +27,7 @@ DENSE_MIN = np.array([0, -3, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0], np.float64)
 DENSE_RANGE = np.array([20, 603, 100, 50, 64000, 500, 100, 50, 500, 10, 10, 10, 50], np.float64)
 NAMES = ("label", *(f"i{i}" for i in range(1, INTEGERS + 1)), *(f"c{i}" for i in range(1, SLOTS + 1)))
 
-_CHUNK_BYTES = 32 << 20
+_CHUNK_BYTES, _LONGEST_LINE_BYTES = 32 << 20, 1 << 20
 _IGNORED = -1
 _OK, _WRONG_COUNT, _NOT_LABEL, _NOT_INTEGER, _NOT_HEX = range(5)
 _EXPECTED = {
@@ -158,7 +159,7 @@ def chunks(path: Path) -> Iterator[CriteoRows]:
     try:
         with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
             yield from _chunks(cast(BinaryIO, file), str(path))
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise BadData(
             str(path), getattr(error, "strerror", None) or error, "a readable file of Criteo lines"
         ) from error
@@ -189,6 +190,8 @@ def _chunks(file: BinaryIO, place: str) -> Iterator[CriteoRows]:
     layout: tuple[int, NDArray[np.int64]] | None = None
     rest, line = b"", 1
     while block := file.read(_CHUNK_BYTES):
+        if len(rest) > _LONGEST_LINE_BYTES:
+            raise BadData(f"{place} line {line}", f"{len(rest)} bytes without an end", f"at most {_LONGEST_LINE_BYTES}")
         whole, newline, rest = (rest + block).rpartition(b"\n")
         if newline:
             body = whole + newline
@@ -231,7 +234,7 @@ def _header(data: bytes, place: str) -> tuple[bytes, int, NDArray[np.int64], int
 
 def _parsed(body: bytes, separator: int, roles: NDArray[np.int64], place: str, line: int) -> CriteoRows:
     data = np.frombuffer(body, np.uint8)
-    n = body.count(b"\n") + 1
+    n = len(body) // roles.size + 2  # a line has a label, separators and an end: as many bytes as columns, at least
     labels, dense = np.empty(n, np.int8), np.empty((n, INTEGERS), np.float32)
     starts, sizes, slots = (np.empty(n * SLOTS, np.int64) for _ in range(3))
     lengths = np.empty((n, SLOTS), np.int32)

@@ -17,6 +17,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -33,6 +34,7 @@ from trainer_tools.criteo import CriteoRows
 SHARDS, TEST_SHARE, SEED = 2, 0.2, 7
 MAX_SCORE_DIFFERENCE, MAX_AUC_DIFFERENCE = 1e-5, 1e-4
 READY_S = 120  # the first start after installation compiles kernels
+MARKER = ".made-by-demo"
 _LISTENING = re.compile(r"listening on (\S+),")
 
 
@@ -75,7 +77,7 @@ def demo(places: Places, given: Path | None, lines: int) -> None:
     version = f"{json.loads((places.pruned / 'manifest.json').read_text())['version']}@0"
 
     say("cube-build")
-    shutil.rmtree(places.cube, ignore_errors=True)
+    fresh(places.cube)
     rows = places.pruned / "rows" / "embedding"
     run_tool("cube-build", rows, "--table", "embedding", "--version", version, "--shards", SHARDS, "--out", places.cube)
 
@@ -105,9 +107,10 @@ def prepare(directory: Path, given: Path | None, lines: int) -> Prepared:
     path, truth = given or directory / f"generated-{lines}-{SEED}.tsv", None
     if given is None:
         truth_file = path.with_suffix(".truth.npy")
-        if not truth_file.exists():  # written last: it is there only if the lines are whole
+        if not truth_file.exists():  # renamed last: it is there only if lines and truth are whole
             with bar(f"generate {path.name}", lines) as progress:
-                np.save(truth_file, synthetic.write(path, lines, SEED, progress))
+                np.save(directory / "draft.npy", synthetic.write(path, lines, SEED, progress))
+            (directory / "draft.npy").rename(truth_file)
         truth = np.load(truth_file, allow_pickle=False)
     with bar(f"read {path}", None) as progress:
         rows = criteo.read(path, lines, progress)
@@ -134,8 +137,7 @@ def _trained(directory: Path, prepared: Prepared) -> NDArray[np.float32]:
     begin = time.perf_counter()
     trained = train_ctr.train(prepared.train, SEED)
     say(f"trained in {time.perf_counter() - begin:.0f} s")
-    shutil.rmtree(directory, ignore_errors=True)
-    directory.mkdir(parents=True)
+    fresh(directory)
     train_ctr.save(trained, "ctr", int(time.time()), directory)
     return train_ctr.score(directory, prepared.test)
 
@@ -170,6 +172,16 @@ def _copy_lines(source: Path, skip: int, count: int, target: Path) -> None:
         out.writelines(itertools.islice(lines, skip, skip + count))
 
 
+def fresh(directory: Path) -> None:
+    """Make a directory empty; raises Failed for one that holds anything an earlier run of the demo did not make."""
+    marker = directory / MARKER
+    if directory.exists() and any(directory.iterdir()) and not marker.exists():
+        raise Failed(f"{directory} is not of the demo's making: move it away, or run in another place with --root DIR")
+    shutil.rmtree(directory, ignore_errors=True)
+    directory.mkdir(parents=True)
+    marker.write_text("Made by the demo, which removes this directory when it runs again.\n")
+
+
 def say(line: str) -> None:
     """A step of the demo."""
     print(f"demo: {line}", flush=True)
@@ -195,7 +207,10 @@ def started(tool: str, *args: Any) -> Iterator[str]:
     """A server on a free loopback port, by its address once it serves; stopped when the block ends."""
     with _process(tool, *args, "--listen", "127.0.0.1:0", stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
+        late = threading.Timer(READY_S, process.kill)
+        late.start()
         line = process.stdout.readline()  # servers say where they listen once they serve, or end
+        late.cancel()
         print(line, end="", flush=True)
         found = _LISTENING.search(line)
         if not found:

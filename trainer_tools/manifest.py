@@ -6,8 +6,8 @@ where its outputs go; prune-program writes it, the predictor reads it. Dense and
 manifest names both versions.
 """
 
-from pathlib import Path
-from typing import Literal, TypeVar
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Literal, TypeVar
 
 import msgspec
 
@@ -30,7 +30,10 @@ class Slot(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One sparse field of a request."""
 
     name: str
-    number: int  # seed of the feature sign
+    number: Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]  # seed of the feature sign
+
+
+Slots = Annotated[list[Slot], msgspec.Meta(min_length=1)]
 
 
 class TrainedLookup(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -38,7 +41,7 @@ class TrainedLookup(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
 
     ids: str  # program input, int64[keys]: row numbers
     offsets: str  # program input, int64[samples * slots + 1]: each bag's first key, and the end
-    slots: list[Slot]
+    slots: Slots
     table: str
     vocabulary: str  # file beside the program, uint64[v]: the key of row i; rows from v on are what an absent key reads
 
@@ -47,7 +50,9 @@ class Signature(_Strict, frozen=True):
     """signature.json"""
 
     name: str
-    version: int  # of the program and, as base, of its tables; a trainer takes its start time in Unix seconds
+    version: Annotated[
+        int, msgspec.Meta(ge=0, le=(1 << 63) - 1)
+    ]  # of the program and, as base, of its tables; a trainer takes its start time in Unix seconds
     program: str  # file beside this one
     sign: str  # rule that made the keys: cube.keys.SIGN_RULE
     lookups: list[TrainedLookup]
@@ -75,7 +80,7 @@ class Lookup(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     keys: str  # request input UINT64 [K]; or raw texts, input `text`
     text: str  # request input BYTES [K]: raw features to sign, instead of keys
     lengths: str  # request input INT32 [samples, slots]: keys of each slot of each sample
-    slots: list[Slot]
+    slots: Slots
     table: str
     pooling: Literal["mean", "sum"]  # of an empty slot: zeros; an absent key counts as a row of zeros
     feed: str  # program input FP32 [samples * slots, dim]
@@ -108,6 +113,14 @@ class Manifest(_Strict, frozen=True):
     def table_versions(self) -> dict[str, tuple[Version, int]]:
         """Version and dim of each table."""
         return {name: (Version.parse(t.version, f"table {name!r}"), t.dim) for name, t in self.tables.items()}
+
+
+def inside(directory: Path, name: str, place: str) -> Path:
+    """A path that a signature or manifest names, which must stay in its directory; raises BadData naming `place`."""
+    path = PurePosixPath(name)
+    if not name or "\0" in name or path.is_absolute() or ".." in path.parts:
+        raise BadData(place, repr(name), "a path inside the directory of the file that names it")
+    return directory / path
 
 
 def read(kind: type[T], path: Path) -> T:

@@ -83,7 +83,9 @@ class Report(NamedTuple):
                 f"  ops    {ops_before} → {ops_after}",
                 f"  bytes  {bytes_before:,} → {bytes_after:,}, {self.rows:,} rows exported",
                 f"  proof  original against pruned + rows on {self.compared:,} samples:"
-                f" largest difference {self.largest_difference:g}",
+                f" largest difference {self.largest_difference:g}"
+                if self.compared
+                else "  proof  none: nothing was compared (--verify 0)",
             ]
         )
 
@@ -96,12 +98,11 @@ def prune(
     An `out` that prune-program wrote before is replaced; any other existing directory is refused. Raises BadData for
     what cannot be pruned, DataCorrupt if the result does not compute what the original does.
     """
-    if out.exists() and not (out / manifest.MANIFEST_FILE).is_file():
-        raise BadData(str(out), "an existing path that prune-program did not write", "a new name: --out")
+    _check_out(out)
     signature = manifest.read(manifest.Signature, directory / manifest.SIGNATURE_FILE)
     if signature.sign != SIGN_RULE:
         raise BadData(f"{directory / manifest.SIGNATURE_FILE} sign", repr(signature.sign), repr(SIGN_RULE))
-    source = directory / signature.program
+    source = manifest.inside(directory, signature.program, f"{directory / manifest.SIGNATURE_FILE} program")
     program = torch_export.load(source)
     cuts = _cuts(program, signature, directory)
     pruned = torch_export.cut(program, {cut.bag.node: cut.feed for cut in cuts})
@@ -155,6 +156,20 @@ def prune(
     )
 
 
+def _check_out(out: Path) -> None:
+    """Raise BadData for an existing path that is not, name by name, what prune-program writes."""
+    if not out.exists():
+        return
+    ours = {PROGRAM_FILE, ROWS_DIRECTORY, CUBE_DIRECTORY, manifest.MANIFEST_FILE}
+    try:
+        is_ours = {path.name for path in out.iterdir()} <= ours
+        manifest.read(manifest.Manifest, out / manifest.MANIFEST_FILE)
+    except (OSError, BadData):
+        is_ours = False
+    if not is_ours:
+        raise BadData(str(out), "an existing path that prune-program did not write", "a new name: --out")
+
+
 def _cuts(program: ExportedProgram, signature: manifest.Signature, directory: Path) -> list[Cut]:
     """Match the program's bags with what the signature says of its inputs."""
     bags, place = torch_export.find_bags(program), str(directory / manifest.SIGNATURE_FILE)
@@ -171,10 +186,16 @@ def _cuts(program: ExportedProgram, signature: manifest.Signature, directory: Pa
     owner: dict[str, str] = {}
     for bag in bags:
         table = said[bag.ids, bag.offsets].table
+        build.check_table_name(table)
         if owner.setdefault(table, bag.weight) != bag.weight:
             raise BadData(f"{place} table {table!r}", f"parameters {owner[table]} and {bag.weight}", "one parameter")
     return [
-        Cut(bag, lookup, read_vocabulary(directory / lookup.vocabulary), f"{bag.node}_pooled")
+        Cut(
+            bag,
+            lookup,
+            read_vocabulary(manifest.inside(directory, lookup.vocabulary, f"{place} vocabulary")),
+            f"{bag.node}_pooled",
+        )
         for bag in bags
         for lookup in [said[bag.ids, bag.offsets]]
     ]
@@ -212,12 +233,23 @@ def _verify(
             feeds = dict(zip((t.name for t in dense), batch.dense, strict=True))
             for cut, sparse in zip(cuts, batch.sparse, strict=True):
                 feeds |= _both_ways(cut, sparse, cube)
-            want, got = (run(*(feeds[name] for name in ours)) for run, ours in zip(runs, names, strict=True))
-            differences = [(a - b).abs().max().item() if a.numel() else 0.0 for a, b in zip(want, got, strict=True)]
-            largest = max(largest, *(d if d == d else float("inf") for d in differences))  # nan is a difference
+            try:
+                want, got = (run(*(feeds[name] for name in ours)) for run, ours in zip(runs, names, strict=True))
+            except RuntimeError as error:
+                found = f"inputs the program does not run on ({str(error).splitlines()[0][:200]})"
+                raise BadData("proof", found, "as many slots in signature.json as the program reads") from error
+            largest = max(largest, *(_difference(a, b) for a, b in zip(want, got, strict=True)))
             compared += batch.size
             bar.update(batch.size)
     return compared, largest
+
+
+def _difference(one: torch.Tensor, other: torch.Tensor) -> float:
+    """Largest absolute difference; infinite between nan and anything, 0 between equal infinities."""
+    if torch.equal(one, other):
+        return 0.0
+    apart = torch.where(one == other, 0.0, (one.double() - other.double()).abs()).max().item()
+    return apart if apart == apart else float("inf")
 
 
 def _both_ways(cut: Cut, sparse: Sparse, cube: LocalCube) -> dict[str, torch.Tensor]:

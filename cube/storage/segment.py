@@ -110,10 +110,7 @@ def write(
     keys: NDArray[np.uint64],
     rows: NDArray[np.float32],
 ) -> Header:
-    """Write a new segment and force it to disk.
-
-    Keys: uint64[n], distinct; rows: float32[n, dim]. Not atomic: see publish.
-    """
+    """Write a new segment. keys: uint64[n], distinct; rows: float32[n, dim]. Not atomic: see publish."""
     keys = np.ascontiguousarray(keys, np.uint64)
     words = np.ascontiguousarray(rows, "<f4").view(np.uint32)
     seed, pilots, places = index.build(keys, words)
@@ -142,8 +139,6 @@ def write(
         file.write(np.array(list(_crcs([body, body_bytes])), "<u4").tobytes().ljust(header.pilots_offset - PAGE, b"\0"))
         file.write(body)
         file.write(body_bytes)
-        file.flush()
-        os.fsync(file.fileno())
     return header
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import uvloop
 from tqdm import tqdm
 
-from cube.cli import conf_file, guarded
+from cube.cli import conf_file, guarded, positive
 from cube.config import settle
 from cube.errors import BadConfig
 from predictor.client.ctr import Scored, batches_of, score
@@ -40,9 +40,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--target", metavar="HOST:PORT", help="address of the predictor-server (default: 127.0.0.1:8500)"
     )
     parser.add_argument("--model", metavar="NAME", help="name of the model (default: ctr)")
-    parser.add_argument("--batch", type=int, metavar="N", help="samples in one request (default: 50)")
-    parser.add_argument("--concurrency", type=int, metavar="N", help="requests in flight (default: 4)")
-    parser.add_argument("--timeout-ms", type=int, metavar="MS", help="deadline of one request (default: 10000)")
+    parser.add_argument("--batch", type=positive, metavar="N", help="samples in one request (default: 50)")
+    parser.add_argument("--concurrency", type=positive, metavar="N", help="requests in flight (default: 4)")
+    parser.add_argument("--timeout-ms", type=positive, metavar="MS", help="deadline of one request (default: 10000)")
     parser.add_argument(
         "--scores", metavar="FILE", help="write the scores, one a line, as text or (.npy) as float32[n]"
     )

@@ -1,6 +1,7 @@
 """The CTR client: Criteo lines in, click probabilities out."""
 
 import asyncio
+import itertools
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -56,14 +57,18 @@ async def score(
 ) -> Scored:
     """Score batches of lines, `concurrency` requests at a time; raises the first error of any.
 
-    Every answer must come from one model version and one version of each table; raises BadRequest if they differ.
+    Time counts from the first request on, over an open connection. Every answer must come from one model version and
+    one version of each table; raises BadRequest if they differ, BadData for no lines.
     """
     scores: dict[int, NDArray[np.float32]] = {}
     labels: dict[int, NDArray[np.int8]] = {}
     latencies: list[float] = []
     versions: set[tuple[str, tuple[tuple[str, str], ...]]] = set()
     counts = {"keys": 0, "keys_absent": 0}
-    numbered = enumerate(batches)
+    first = next(batches, None)  # read before time counts: the first read may compile the reader
+    if first is None:
+        raise BadData("lines to score", "none", "at least one")
+    numbered = enumerate(itertools.chain([first], batches))
 
     async def work() -> None:
         for number, batch in numbered:  # the workers share one iterator
@@ -84,13 +89,12 @@ async def score(
                 counts[name] += int(answer.facts.get(name, 0))
             progress(len(batch.labels))
 
+    await client.metadata(model, timeout_s)
     begin = time.perf_counter()
     async with asyncio.TaskGroup() as group:
         for _ in range(concurrency):
             group.create_task(work())
     seconds = time.perf_counter() - begin
-    if not latencies:
-        raise BadData("lines to score", "none", "at least one")
     if len(versions) != 1:
         raise BadRequest("answers", f"{len(versions)} combinations of versions", "one")
     ((version, tables),) = versions

@@ -54,9 +54,9 @@ class AsyncClient:
         return _answer(await self._channel.call(SERVICE + "ModelInfer", request.SerializeToString(), timeout_s))
 
     async def metadata(self, model: str, timeout_s: float = 10.0) -> pb.ModelMetadataResponse:
-        """What a model takes and makes, waiting up to `timeout_s` for the server to be there."""
+        """What a model takes and makes; raises a ServingError."""
         request = pb.ModelMetadataRequest(name=model).SerializeToString()
-        reply = await self._channel.call(SERVICE + "ModelMetadata", request, timeout_s, wait_for_ready=True)
+        reply = await self._channel.call(SERVICE + "ModelMetadata", request, timeout_s)
         return pb.ModelMetadataResponse.FromString(reply)
 
     async def close(self) -> None:

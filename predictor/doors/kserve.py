@@ -12,7 +12,7 @@ from cube.errors import BadRequest
 from cube.rpc.calls import Call, Handler, parse
 from predictor.pb import kserve_pb2 as pb
 from predictor.service import Answer, InferenceService
-from predictor.tensors import DTYPES, Value, datatype_of, decode, encode, texts
+from predictor.tensors import DTYPES, Value, count_of, datatype_of, decode, encode, texts
 from trainer_tools.manifest import Tensor
 
 SERVICE = "/inference.GRPCInferenceService/"
@@ -30,6 +30,8 @@ class KServeDoor:
 
     def __init__(self, service: InferenceService):
         self._service = service
+        version = importlib.metadata.version("cube-serving")
+        self._server_metadata = pb.ServerMetadataResponse(name="cube-serving", version=version).SerializeToString()
 
     def handlers(self) -> dict[str, Handler]:
         """By gRPC path."""
@@ -47,8 +49,7 @@ class KServeDoor:
         ).SerializeToString()  # the port opens after every model is loaded and warm
 
     def ServerMetadata(self, message: bytes, call: Call) -> bytes:  # noqa: N802
-        version = importlib.metadata.version("cube-serving")
-        return pb.ServerMetadataResponse(name="cube-serving", version=version).SerializeToString()
+        return self._server_metadata
 
     def ModelReady(self, message: bytes, call: Call) -> bytes:  # noqa: N802
         request = parse(pb.ModelReadyRequest, message)
@@ -101,7 +102,7 @@ def _typed(tensor: pb.ModelInferRequest.InferInputTensor, place: str) -> Value:
         )
     contents: Any = getattr(tensor.contents, field)
     shape = tuple(tensor.shape)
-    if any(size < 0 for size in shape) or len(contents) != int(np.prod(shape, dtype=object)):
+    if len(contents) != count_of(shape, place):
         raise BadRequest(place, f"{len(contents)} {field}", f"as many as shape {list(shape)} has")
     if tensor.datatype == "BYTES":
         return texts(contents, shape)

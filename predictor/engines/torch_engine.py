@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from cube.errors import BadData
 from trainer_tools.programs import torch_export
 
 
@@ -22,6 +23,9 @@ class TorchEngine:
         torch.set_num_threads(1)  # requests run beside each other, not one request on all cores
         _silence_read_only_warning()
         program = torch_export.load(path)
+        if torch_export.is_stateful(program):
+            expected = "a program whose answer depends on its inputs only"
+            raise BadData(str(path), "a program that changes its own buffers or inputs", expected)
         self.inputs, self.outputs = torch_export.inputs_of(program), torch_export.outputs_of(program)
         self._module = torch_export.runnable(program)
 

@@ -22,7 +22,10 @@ from predictor.ops.op import Values
 from predictor.tensors import datatype_of, shape_text
 from trainer_tools.manifest import Lookup, Tensor
 
-SAMPLES = "samples"  # name of the value that counts them
+# Names of values that no program can have: tensors of torch programs are named by Python identifiers.
+SAMPLES = "number of samples"
+WORK = "units of work"  # samples, and keys by the 100: what the time of a run goes by
+KEYS_PER_UNIT = 100
 
 
 class Read:
@@ -31,16 +34,18 @@ class Read:
     compute: ClassVar[bool] = False
     takes: tuple[str, ...] = ()
 
-    def __init__(self, dense: Sequence[Tensor], lookups: Sequence[Lookup], max_samples: int, finite: bool):
-        """finite: refuse dense numbers that are none.
+    def __init__(
+        self, dense: Sequence[Tensor], lookups: Sequence[Lookup], max_samples: int, max_keys: int, finite: bool
+    ):
+        """max_keys: of one request, over all lookups. finite: refuse dense numbers that are none.
 
         A plain dense program may want infinities; a ranking model never does.
         """
         self._dense, self._lookups = dense, lookups
-        self._max_samples, self._finite = max_samples, finite
+        self._max_samples, self._max_keys, self._finite = max_samples, max_keys, finite
         self._names = {t.name for t in dense} | {name for k in lookups for name in (k.keys, k.text, k.lengths)}
         made = [t.name for t in dense] + [n for k in lookups for n in (k.keys, k.text, offsets_of(k))]
-        self.makes: tuple[str, ...] = (SAMPLES, *made)
+        self.makes: tuple[str, ...] = (SAMPLES, WORK, *made)
 
     def run(self, values: Mapping[str, Any], call: Call) -> Values:
         for name in values:
@@ -54,8 +59,12 @@ class Read:
         counts = {t.name: len(made[t.name]) for t in self._dense if t.shape[:1] == [-1]}
         for lookup in self._lookups:
             made |= self._sparse(values, lookup)
-            counts[lookup.lengths] = made[offsets_of(lookup)].size // len(lookup.slots)
+            counts[lookup.lengths] = len(values[lookup.lengths])
         made[SAMPLES] = self._agreed(counts)
+        keys = sum(int(made[offsets_of(lookup)][-1]) for lookup in self._lookups)
+        if keys > self._max_keys:
+            raise BadRequest("request", f"{keys} keys", f"at most {self._max_keys}")
+        made[WORK] = made[SAMPLES] + keys // KEYS_PER_UNIT
         return made
 
     def _agreed(self, counts: dict[str, int]) -> int:

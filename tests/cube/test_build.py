@@ -36,6 +36,18 @@ def test_the_last_row_of_a_repeated_key_wins_and_is_counted(tmp_path):
     assert LocalCube(tmp_path).rows("t", None, np.array([7, 8], np.uint64)).rows.tolist() == [[8, 9], [2, 3]]
 
 
+def test_two_builders_of_one_version_do_not_touch_each_other_and_one_wins(tmp_path):
+    place = tmp_path / "t" / "1@0"
+    late = publishing(place)
+    (late.__enter__() / "content").write_text("late")
+    with publishing(place) as early:
+        (early / "content").write_text("early")
+    with pytest.raises(BadData, match="1@0: found an existing directory"):
+        late.__exit__(None, None, None)
+    assert (place / "content").read_text() == "early"
+    assert [p.name for p in place.parent.iterdir()] == ["1@0"]
+
+
 def test_no_rows_at_all_make_a_table_that_finds_nothing(tmp_path):
     build.build(rows_of([]), tmp_path, "t", Version(1), 2)
     assert not LocalCube(tmp_path).rows("t", None, np.array([0], np.uint64)).found.any()

@@ -86,6 +86,19 @@ def test_names_that_are_no_versions_are_passed_over(command, data):
     assert done.returncode == 0, done.stderr
 
 
+def test_a_version_built_for_another_number_of_shards_is_passed_over(data, command):
+    build.build(build.Rows(np.arange(9, dtype=np.uint64), np.ones((9, 2), np.float32)), data, "t", Version(2), 3)
+    done = command("cube-server", "--shard", 2, "--shards", 3, "--data", data, "--listen", "h:1", "--check")
+    assert done.returncode == 0, done.stderr
+    done = command("cube-server", "--shard", 1, "--shards", 2, "--data", data, "--listen", "h:1", "--check")
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "x"])
+def test_a_number_that_is_none_is_misuse(command, value):
+    assert command("cube-server", "--shard", 0, "--keep-versions", value).returncode == 2
+
+
 def test_the_newest_versions_are_kept_open(data, server, command):
     for base in (2, 3):
         build.build(build.Rows(np.arange(9, dtype=np.uint64), np.ones((9, 2), np.float32)), data, "t", Version(base), 2)

@@ -58,7 +58,9 @@ def test_a_missing_file_is_named(tmp_path):
 
 
 def test_an_environment_variable_of_the_wrong_type_is_named():
-    with pytest.raises(BadConfig, match="environment CUBE_MAX_KEYS: found 'many', expected a whole number"):
+    with pytest.raises(
+        BadConfig, match="environment CUBE_MAX_KEYS: found 'many', expected a whole number of at least 1"
+    ):
         settle(CubeConfig(), None, "CUBE", {"CUBE_MAX_KEYS": "many"}, {})
 
 

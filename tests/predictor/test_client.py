@@ -35,6 +35,9 @@ class Predictor:
     def __init__(self, version=lambda n: "1", width=2, error=None):
         self.calls, self._version, self._width, self._error = 0, version, width, error
 
+    async def metadata(self, model, timeout_s):
+        pass
+
     async def infer(self, model, inputs, outputs, timeout_s):
         self.calls += 1
         number = self.calls

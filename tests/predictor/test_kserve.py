@@ -1,11 +1,17 @@
 """The Open Inference Protocol door, by the real tritonclient: the CTR model and a plain dense one."""
 
 import json
+import queue
+import re
+import signal
+import subprocess
+import time
 
 import numpy as np
 import pytest
 import torch
 import tritonclient.grpc as triton
+from places import BIN
 from torch.export import Dim
 from tritonclient.utils import InferenceServerException
 
@@ -235,3 +241,36 @@ def test_100_000_samples_are_served_where_the_limit_allows(demo, server):
     with Client(address) as client:
         answer = client.infer("ctr", {"dense": rows.dense, "keys": rows.keys, "lengths": rows.lengths}, timeout_s=60)
     assert answer.outputs["prob"].shape == (100_000, 2)
+
+
+class Slow(torch.nn.Module):
+    def forward(self, x):
+        for _ in range(400):
+            x = torch.tanh(x @ x.T @ x)
+        return {"y": x}
+
+
+def test_a_predictor_in_the_middle_of_a_long_run_still_stops_at_once(tmp_path):
+    (tmp_path / "slow").mkdir()
+    program = torch.export.export(Slow(), (torch.zeros(3, 64),), dynamic_shapes=({0: Dim("rows", min=1)},))
+    torch.export.save(program, tmp_path / "slow" / "model.pt2")
+    line = [BIN / "predictor-server", "--model", tmp_path / "slow", "--listen", "127.0.0.1:0"]
+    with subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+        address = re.search(r"listening on (\S+),", process.stdout.readline())[1]
+        with triton.InferenceServerClient(address) as client:
+            assert client.is_server_ready()
+            answers = queue.Queue()
+            inputs = [tensor("x", np.ones((8000, 64), np.float32), "FP32")]
+            client.async_infer("slow", inputs, callback=lambda result, error: answers.put(error))
+            assert client.is_server_live()  # answered after the run was handed to a thread
+            begin = time.monotonic()
+            process.send_signal(signal.SIGINT)
+            assert process.wait(timeout=30) == 0
+            assert time.monotonic() - begin < 5  # about a second where nothing else runs; the run takes minutes
+            assert answers.get(timeout=5) is not None
+
+
+def test_names_of_any_length_are_refused_in_a_message_that_arrives(client):
+    with pytest.raises(InferenceServerException, match="not served here, which serves ctr, mlp") as raised:
+        client.get_model_metadata("x" * 100_000)
+    assert raised.value.status() == "StatusCode.NOT_FOUND"

@@ -5,9 +5,14 @@ import shutil
 
 import numpy as np
 import pytest
+import torch
+import two_towers
 
 from cube import build
 from cube.version import Version
+from predictor.client import Client
+from trainer_tools.programs import torch_export
+from trainer_tools.prune_program import prune
 
 
 @pytest.fixture
@@ -115,3 +120,34 @@ def test_check_loads_everything_and_says_what_would_be_served(demo, command):
     done = command("predictor-server", "--model", demo.pruned, "--check")
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("predictor-server: would serve ctr ")
+
+
+def test_a_model_of_two_tables_one_of_a_single_slot_scores_as_its_original(tmp_path, server):
+    """The two-tower program of the prune tests, pruned and served from both kinds of cube."""
+    directory = two_towers.written(tmp_path / "two-towers")
+    assert prune(directory, tmp_path / "out").largest_difference == 0
+    rng = np.random.default_rng(3)
+    user_keys, item_keys = np.load(directory / "user.npy"), np.load(directory / "item.npy")
+    inputs = {
+        "x": rng.random((4, 5), dtype=np.float32),
+        "user_ids_lengths": np.full((4, 3), 2, np.int32),
+        "user_ids_keys": rng.choice(user_keys, 24),
+        "item_ids_lengths": np.ones((4, 1), np.int32),
+        "item_ids_keys": rng.choice(item_keys, 4),
+    }
+    program = torch_export.runnable(torch_export.load(directory / "program.pt2"))
+    ids = [
+        torch.from_numpy(np.array([np.flatnonzero(keys == key)[0] for key in asked]))
+        for keys, asked in ((user_keys, inputs["user_ids_keys"]), (item_keys, inputs["item_ids_keys"]))
+    ]
+    with torch.inference_mode():
+        x = torch.from_numpy(inputs["x"])
+        (want,) = program(x, ids[0], torch.arange(0, 25, 2), ids[1], torch.arange(5))
+    for table in ("users", "items"):
+        build.build(build.read_rows(tmp_path / "out" / "rows" / table), tmp_path / "cube", table, Version(42), 2)
+    shards = [server("cube-server", "--shard", s, "--shards", 2, "--data", tmp_path / "cube") for s in range(2)]
+    for cube in ([], ["--cube", ",".join(shards)]):
+        with Client(server("predictor-server", "--model", tmp_path / "out", *cube)) as client:
+            answer = client.infer("two-towers", inputs)
+        assert np.allclose(answer.outputs["score"], want.numpy(), atol=1e-6)
+        assert answer.facts["table.users"] == answer.facts["table.items"] == "42@0"

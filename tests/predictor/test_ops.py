@@ -32,7 +32,7 @@ LOOKUP = Lookup(
     pooling="mean",
     feed="pooled",
 )
-READ = Read([Tensor("dense", "FP32", [-1, 2])], [LOOKUP], max_samples=100, finite=True)
+READ = Read([Tensor("dense", "FP32", [-1, 2])], [LOOKUP], max_samples=100, max_keys=1000, finite=True)
 
 
 def request(**changes):
@@ -98,8 +98,23 @@ def test_a_wrong_request_is_refused_by_name(changes, message):
         READ.run(request(**changes), CALL)
 
 
+def test_too_many_keys_are_refused_before_any_is_looked_at():
+    many = np.zeros(1001, np.uint64)
+    with pytest.raises(BadRequest, match="request: found 1001 keys, expected at most 1000"):
+        READ.run(
+            request(dense=np.zeros((1, 2), np.float32), keys=many, lengths=np.array([[1001, 0, 0]], np.int32)), CALL
+        )
+
+
+def test_a_lookup_may_have_a_single_slot():
+    one = Lookup(keys="k", text="t", lengths="n", slots=[Slot("A", 1)], table="t", pooling="sum", feed="f")
+    read = Read([], [one], max_samples=9, max_keys=9, finite=True)
+    made = read.run({"k": np.zeros(3, np.uint64), "n": np.array([[1], [2]], np.int32)}, CALL)
+    assert made[SAMPLES] == 2
+
+
 def test_a_dense_program_may_take_infinities():
-    read = Read([Tensor("x", "FP32", [-1])], [], max_samples=9, finite=False)
+    read = Read([Tensor("x", "FP32", [-1])], [], max_samples=9, max_keys=0, finite=False)
     assert read.run({"x": inf[0]}, CALL)[SAMPLES] == 2
 
 
@@ -147,7 +162,7 @@ class OneShard:
 
 def test_gather_pins_the_version_and_passes_the_time_left():
     cube = OneShard()
-    gather = Gather(LOOKUP, Version(7, 2), cube, timeout_s=0.5)
+    gather = Gather([LOOKUP], {"t": Version(7, 2)}, cube, timeout_s=0.5)
     made = asyncio.run(gather.run({signed(LOOKUP): np.array([0, 3], np.uint64)}, CALL))
     assert cube.asked == [("t", Version(7, 2), 0.5)]
     assert made[rows_of(LOOKUP)].shape == (2, 2)
@@ -158,7 +173,9 @@ def test_gather_asks_nobody_after_the_deadline():
     cube = OneShard()
     with pytest.raises(DeadlineExceeded):
         asyncio.run(
-            Gather(LOOKUP, Version(1), cube, 0.5).run({signed(LOOKUP): np.zeros(1, np.uint64)}, Call("/x", {}, 0.0))
+            Gather([LOOKUP], {"t": Version(1)}, cube, 0.5).run(
+                {signed(LOOKUP): np.zeros(1, np.uint64)}, Call("/x", {}, 0.0)
+            )
         )
     assert not cube.asked
 

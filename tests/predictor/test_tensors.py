@@ -51,10 +51,13 @@ def test_any_bytes_are_texts_or_an_error_that_names_the_place(count, raw):
     ("datatype", "shape", "raw", "message"),
     [
         ("FP32", [2], bytes(7), r"x: found 7 bytes, expected 8: FP32 of shape \[2\]"),
-        ("FP32", [-1], bytes(8), r"x shape: found \[-1\], expected no negative size"),
+        ("FP32", [-1], bytes(8), r"x shape: found \[-1\], expected at most 16 sizes from 0"),
+        ("FP32", [1] * 17, bytes(4), "x shape: found .*, expected at most 16 sizes"),
+        ("FP32", [2**62, 0], b"", "x shape: found"),
+        ("FP32", [2**39, 2**39, 0], b"", "x shape: found .*, expected fewer than 1099511627776 elements"),
         ("FP8", [1], b"0", "x datatype: found 'FP8', expected one of"),
-        ("FP32", [2**40, 2**40], b"", "x: found 0 bytes"),
-        ("BYTES", [2**62], b"", "x: found 0 bytes, expected at least"),
+        ("FP32", [2**39], b"", "x: found 0 bytes"),
+        ("BYTES", [2**39], b"", "x: found 0 bytes, expected at least"),
     ],
 )
 def test_tensors_that_do_not_fit_are_refused(datatype, shape, raw, message):

@@ -2,13 +2,15 @@
 
 import json
 import pickle
+import re
 import shutil
+import warnings
 import zipfile
 
 import numpy as np
 import pytest
 import torch
-from torch.export import Dim
+from two_towers import DIM, Net, export, written
 
 from cube.build import read_rows
 from cube.client import LocalCube
@@ -18,67 +20,11 @@ from trainer_tools.export_rows import rows_of
 from trainer_tools.programs import torch_export
 from trainer_tools.prune_program import prune
 
-SLOTS, DIM = 3, 4
-
-
-class Net(torch.nn.Module):
-    """Two tables, one of them read twice in one program by different inputs."""
-
-    def __init__(self, mode="mean", **bag):
-        super().__init__()
-        torch.manual_seed(1)
-        self.users = torch.nn.EmbeddingBag(11, DIM, mode=mode, include_last_offset=True, **bag)
-        self.items = torch.nn.EmbeddingBag(7, 2, mode="sum", include_last_offset=True)
-        self.top = torch.nn.Linear(SLOTS * DIM + 2 + 5, 1)
-        with torch.no_grad():
-            self.users.weight[10] = 0
-            self.items.weight[6] = 0
-
-    def forward(self, x, user_ids, user_offsets, item_ids, item_offsets):
-        users = self.users(user_ids, user_offsets).reshape(x.shape[0], SLOTS * DIM)
-        items = self.items(item_ids, item_offsets)
-        return {"score": torch.sigmoid(self.top(torch.cat([users, items, x], dim=1)))}
-
-
-def export(net, path):
-    samples, users, items = Dim("samples", min=1), Dim("users", min=0), Dim("items", min=0)
-    example = (
-        torch.zeros(2, 5), torch.zeros(4, dtype=torch.int64), torch.arange(2 * SLOTS + 1),
-        torch.zeros(3, dtype=torch.int64), torch.arange(3),
-    )  # fmt: skip
-    dims = ({0: samples}, {0: users}, {0: SLOTS * samples + 1}, {0: items}, {0: samples + 1})
-    torch.export.save(torch.export.export(net.eval(), example, dynamic_shapes=dims), path)
-
-
-def lookup(name, table, slots, **changes):
-    said = {
-        "ids": f"{name}_ids",
-        "offsets": f"{name}_offsets",
-        "slots": [{"name": f"{name}{i}", "number": i} for i in range(slots)],
-        "table": table,
-        "vocabulary": f"{name}.npy",
-    }
-    return said | changes
-
 
 @pytest.fixture
 def model(tmp_path):
     """A trained model of two tables; prune it into tmp_path / "out"."""
-    directory = tmp_path / "two-towers"
-    directory.mkdir()
-    export(Net(), directory / "program.pt2")
-    np.save(directory / "user.npy", np.random.default_rng(1).integers(0, 2**64, 10, dtype=np.uint64))
-    np.save(directory / "item.npy", np.arange(6, dtype=np.uint64))
-    said = {
-        "schema": 1,
-        "name": "two-towers",
-        "version": 42,
-        "program": "program.pt2",
-        "sign": "xxh64(text, seed=slot)",
-        "lookups": [lookup("user", "users", SLOTS), lookup("item", "items", 1)],
-    }
-    (directory / "signature.json").write_text(json.dumps(said))
-    return directory
+    return written(tmp_path / "two-towers")
 
 
 def change(model, edit):
@@ -145,6 +91,7 @@ def test_pruning_again_replaces_what_it_wrote_and_nothing_else(model, tmp_path):
     assert json.loads((tmp_path / "out" / "manifest.json").read_text())["version"] == 43
     other = tmp_path / "precious"
     other.mkdir()
+    (other / "manifest.json").write_text('{"name": "a web app"}')
     with pytest.raises(BadData, match="precious: found an existing path that prune-program did not write"):
         prune(model, other)
     assert {p: p.read_bytes() for p in model.iterdir() if p.name != "signature.json"}.items() <= before.items()
@@ -176,6 +123,12 @@ def test_a_wrong_result_is_not_written(model, tmp_path, monkeypatch):
             "rows 6 to 10: found numbers other than 0, expected zeros",
         ),
         (lambda s: s["lookups"][0].update(vocabulary="signature.json"), r"signature\.json: found"),
+        (lambda s: s.update(program="../program.pt2"), "program: found '../program.pt2', expected a path inside"),
+        (lambda s: s["lookups"][0].update(vocabulary="/etc/passwd"), "vocabulary: found '/etc/passwd'"),
+        (lambda s: s["lookups"][0].update(table="../../escaped"), "table name: found '../../escaped'"),
+        (lambda s: s["lookups"][0].update(slots=[]), r"slots"),
+        (lambda s: s["lookups"][0]["slots"].pop(), "proof: found inputs the program does not run on"),
+        (lambda s: s.update(version=-1), r"\$\.version"),
         (lambda s: s.update(program="nowhere.pt2"), r"nowhere\.pt2: found no such file"),
     ],
 )
@@ -252,6 +205,47 @@ def test_nothing_of_a_program_is_unpickled(model, tmp_path):
         with pytest.raises(BadData, match=r"program\.pt2: found"):
             prune(model, tmp_path / "out")
     assert not bomb.exists()
+
+
+@pytest.mark.parametrize(
+    "evil",
+    [
+        "__import__('pathlib').Path({bomb!r}).touch() or s0",
+        "Symbol('s0').__class__",
+        "Integer('open({bomb!r}, chr(119))')",
+        "exec('x')",
+        "(lambda: 0)()",
+        "[open({bomb!r}, 'w') for x in [1]]",
+    ],
+)
+def test_nothing_of_a_program_is_evaluated(model, tmp_path, evil):
+    bomb, original = tmp_path / "exploded", shutil.copy(model / "program.pt2", tmp_path / "original.pt2")
+
+    def hidden_in_a_size(name, part):
+        if not name.endswith("models/model.json"):
+            return part
+        first = re.search(rb'"expr_str": ("[^"]*")', part)
+        return part.replace(first[1], json.dumps(evil.format(bomb=str(bomb))).encode(), 1)
+
+    repacked(original, model / "program.pt2", hidden_in_a_size)
+    with pytest.raises(BadData, match=r"model\.json expression: found .*, expected arithmetic"):
+        prune(model, tmp_path / "out")
+    assert not bomb.exists()
+
+
+def test_an_archive_that_two_readers_would_read_differently_is_refused(model, tmp_path):
+    original = shutil.copy(model / "program.pt2", tmp_path / "original.pt2")
+    for extra, message in (
+        ("program/byteorder", "two parts of one name"),
+        ("other/models/model.json", "of another kind"),
+    ):
+        shutil.copy(original, model / "program.pt2")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # zipfile's own, of the second name
+            with zipfile.ZipFile(model / "program.pt2", "a") as archive:
+                archive.writestr(extra, b"little")
+        with pytest.raises(BadData, match=message):
+            prune(model, tmp_path / "out")
 
 
 def test_damaged_programs_are_refused(model, tmp_path):

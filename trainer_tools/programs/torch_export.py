@@ -4,11 +4,15 @@ A .pt2 is a zip archive. torch's own loader unpickles parts of it when it finds 
 refuses every archive that holds a pickle beyond what torch.load(weights_only=True) accepts.
 """
 
+import ast
+import errno
 import io
 import json
 import operator
+import re
 import zipfile
-from collections.abc import Sequence
+import zlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
@@ -25,6 +29,15 @@ DATATYPES = {
     torch.int64: "INT64", torch.float16: "FP16", torch.float32: "FP32", torch.float64: "FP64",
 }  # fmt: skip
 _POOLINGS = {0: "sum", 1: "mean"}  # numbers of aten.embedding_bag's `mode`
+_KNOWN_PARTS = (
+    "archive_format", "archive_version", "byteorder", ".data/*", "extra/*", "models/*.json", "data/sample_inputs/*.pt",
+    "data/weights/weight_*", "data/weights/*_config.json", "data/constants/tensor_*", "data/constants/*_config.json",
+)  # fmt: skip
+_ARITHMETIC = (
+    ast.Expression, ast.Call, ast.Name, ast.Constant, ast.keyword, ast.BinOp, ast.UnaryOp, ast.Compare,
+    ast.operator, ast.unaryop, ast.cmpop, ast.expr_context,
+)  # fmt: skip
+_PLAIN_NAME = re.compile(r"[A-Za-z][A-Za-z0-9]*(_[A-Za-z0-9]+)*")
 _RECIPE = "a torch.export archive: torch.export.save(torch.export.export(model, example_inputs), 'program.pt2')"
 
 
@@ -40,7 +53,7 @@ class Bag(NamedTuple):
 
 def load(path: Path) -> ExportedProgram:
     """Read a program without unpickling anything of it; raises BadData."""
-    _refuse_pickles(path)
+    _refuse_unsafe(path)
     try:
         return torch.export.load(path)
     except Exception as error:  # torch raises whatever its parts raise
@@ -50,14 +63,26 @@ def load(path: Path) -> ExportedProgram:
 
 
 def save(program: ExportedProgram, path: Path) -> None:
-    """Write a program, without the example inputs it was traced with."""
+    """Write a program, without the example inputs it was traced with; raises OSError."""
     program._example_inputs = None
-    torch.export.save(program, path)
+    try:
+        torch.export.save(program, path)
+    except RuntimeError as error:  # how torch's archive writer reports a full disk
+        raise OSError(errno.EIO, str(error).splitlines()[0][:200], str(path)) from error
+
+
+def is_stateful(program: ExportedProgram) -> bool:
+    """Whether a run changes the program's buffers or inputs, so that the next run's answer depends on it."""
+    signature = program.graph_signature
+    return bool(signature.buffers_to_mutate or signature.user_inputs_to_mutate)
 
 
 def inputs_of(program: ExportedProgram) -> list[Tensor]:
     """Name, datatype and shape of each input, in order. Raises BadData for an input that is no tensor."""
     names = program.graph_signature.user_inputs
+    for name in names:
+        if not isinstance(name, str):
+            raise BadData("program inputs", f"the constant {name!r}", "tensors only")
     nodes = {node.name: node for node in program.graph.nodes if node.op == "placeholder"}
     return [_described(str(name), nodes[str(name)].meta.get("val"), f"input {name}") for name in names]
 
@@ -66,6 +91,9 @@ def outputs_of(program: ExportedProgram) -> list[Tensor]:
     """The same of each output; names are the keys of the dict the model returns, else output_0, output_1, ..."""
     (values,) = next(node for node in program.graph.nodes if node.op == "output").args
     values = values[-len(program.graph_signature.user_outputs) :]
+    for value in values:
+        if not isinstance(value, fx.Node):
+            raise BadData("program outputs", f"the constant {value!r}", "tensors only")
     spec = program.call_spec.out_spec
     flat = (
         spec is not None and issubclass(spec.type or tuple, dict) and all(child.is_leaf() for child in spec.children())
@@ -203,38 +231,77 @@ def _described(name: str, value: Any, place: str) -> Tensor:
     return Tensor(name, DATATYPES[value.dtype], [size if isinstance(size, int) else -1 for size in value.shape])
 
 
-def _refuse_pickles(path: Path) -> None:
-    """Raise BadData unless the archive is one that torch.export.load reads without unpickling objects."""
+def _refuse_unsafe(path: Path) -> None:
+    """Raise BadData unless the archive is one that torch.export.load reads without unpickling objects or running code.
+
+    torch unpickles where an archive says so, and hands the expressions of sizes to sympy, which evaluates Python.
+    """
     try:
         with zipfile.ZipFile(path) as archive:
-            inside = {
-                PurePosixPath(name).relative_to(PurePosixPath(name).parts[0]): name for name in archive.namelist()
-            }
-            if (
-                PurePosixPath("archive_format") not in inside
-                or archive.read(inside[PurePosixPath("archive_format")]) != b"pt2"
-            ):
+            names = archive.namelist()
+            roots = {PurePosixPath(name).parts[0] for name in names}
+            if len(roots) != 1 or archive.read(f"{min(roots)}/archive_format") != b"pt2":
                 raise BadData(str(path), "a zip archive of another kind (TorchScript, torch.save?)", _RECIPE)
-            for part, name in inside.items():
-                if part.match("data/weights/*.pt") or part.match("data/constants/*.pt"):
-                    raise BadData(f"{path} {part}", "a pickle", "raw weights: save the program again with this torch")
-                if part.match("data/*/*_config.json"):
-                    _refuse_pickled_entries(json.loads(archive.read(name)), f"{path} {part}")
-                if part.match("data/sample_inputs/*") and (raw := archive.read(name)):
-                    torch.load(io.BytesIO(raw), weights_only=True)
+            if len(set(names)) != len(names):
+                raise BadData(str(path), "two parts of one name", "every name once: readers differ in which they take")
+            for name in names:
+                _refuse_unsafe_part(PurePosixPath(name).relative_to(min(roots)), archive, name, str(path))
     except FileNotFoundError as error:
         raise BadData(str(path), "no such file", _RECIPE) from error
-    except (OSError, zipfile.BadZipFile, ValueError) as error:
+    except KeyError as error:
+        raise BadData(str(path), "a zip archive of another kind (TorchScript, torch.save?)", _RECIPE) from error
+    except (OSError, zipfile.BadZipFile, zlib.error, ValueError, IndexError, NotImplementedError) as error:
         raise BadData(str(path), f"a file that is no zip archive ({error})", _RECIPE) from error
-    except Exception as error:
-        if isinstance(error, BadData):
-            raise
-        raise BadData(
-            f"{path} sample inputs", f"a pickle of objects ({type(error).__name__})", "tensors only"
-        ) from error
 
 
-def _refuse_pickled_entries(config: Any, place: str) -> None:
-    for name, entry in config.get("config", {}).items():
-        if entry.get("use_pickle") or not entry.get("path_name", "").startswith(("weight_", "tensor_")):
-            raise BadData(f"{place} {name}", "a pickle", "raw bytes of a contiguous CPU tensor")
+def _refuse_unsafe_part(part: PurePosixPath, archive: zipfile.ZipFile, name: str, path: str) -> None:
+    place = f"{path} {part}"
+    if part.match("data/weights/*.pt") or part.match("data/constants/*.pt"):
+        raise BadData(place, "a pickle", "raw weights: save the program again with this torch")
+    if not any(part.match(known) for known in _KNOWN_PARTS):
+        raise BadData(place, "a part of another kind", f"one of {', '.join(_KNOWN_PARTS)}")
+    if part.match("data/*/*_config.json"):
+        for weight, entry in json.loads(archive.read(name)).get("config", {}).items():
+            if entry.get("use_pickle") or not entry.get("path_name", "").startswith(("weight_", "tensor_")):
+                raise BadData(f"{place} {weight}", "a pickle", "raw bytes of a contiguous CPU tensor")
+    elif part.match("models/*.json"):
+        model = json.loads(archive.read(name))
+        for text in (*_expressions(model), *model.get("range_constraints", {})):
+            if not _is_arithmetic(text):
+                raise BadData(f"{place} expression", repr(text)[:100], "arithmetic of symbols and numbers")
+    elif part.match("data/sample_inputs/*") and (raw := archive.read(name)):
+        try:
+            torch.load(io.BytesIO(raw), weights_only=True)
+        except Exception as error:
+            raise BadData(place, f"a pickle of objects ({type(error).__name__})", "tensors only") from error
+
+
+def _expressions(node: Any) -> Iterator[str]:
+    """Every size expression of a program's JSON."""
+    if isinstance(node, dict):
+        for key, value in node.items():
+            if key == "expr_str":
+                yield str(value)
+            else:
+                yield from _expressions(value)
+    elif isinstance(node, list):
+        for value in node:
+            yield from _expressions(value)
+
+
+def _is_arithmetic(text: str) -> bool:
+    """Whether an expression only builds sympy terms: calls of capitalised names, numbers, plain names, operators."""
+    try:
+        nodes = list(ast.walk(ast.parse(text, mode="eval")))
+    except (SyntaxError, ValueError, RecursionError):
+        return False
+    for node in nodes:
+        if isinstance(node, ast.Call) and not (isinstance(node.func, ast.Name) and node.func.id[0].isupper()):
+            return False
+        if isinstance(node, ast.Name) and "__" in node.id:
+            return False
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and not _PLAIN_NAME.fullmatch(node.value):
+            return False  # sympy would evaluate a string again
+        if not isinstance(node, _ARITHMETIC):
+            return False
+    return True
