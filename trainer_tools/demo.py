@@ -66,6 +66,8 @@ class Prepared(NamedTuple):
 
 def demo(places: Places, given: Path | None, lines: int) -> None:
     """Run everything; raises Failed, ServingError."""
+    for directory in (places.model, places.cube):
+        check_own(directory)
     prepared = prepare(places.data, given, lines)
     offline = _trained(places.model, prepared)
     offline_auc = criteo.auc(prepared.test.labels, offline)
@@ -172,14 +174,18 @@ def _copy_lines(source: Path, skip: int, count: int, target: Path) -> None:
         out.writelines(itertools.islice(lines, skip, skip + count))
 
 
-def fresh(directory: Path) -> None:
-    """Make a directory empty; raises Failed for one that holds anything an earlier run of the demo did not make."""
-    marker = directory / MARKER
-    if directory.exists() and any(directory.iterdir()) and not marker.exists():
+def check_own(directory: Path) -> None:
+    """Raise Failed for a directory that holds anything, unless an earlier run of the demo made it."""
+    if directory.exists() and any(directory.iterdir()) and not (directory / MARKER).exists():
         raise Failed(f"{directory} is not of the demo's making: move it away, or run in another place with --root DIR")
+
+
+def fresh(directory: Path) -> None:
+    """Make a directory of the demo's own empty."""
+    check_own(directory)
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir(parents=True)
-    marker.write_text("Made by the demo, which removes this directory when it runs again.\n")
+    (directory / MARKER).write_text("Made by the demo, which removes this directory when it runs again.\n")
 
 
 def say(line: str) -> None:
