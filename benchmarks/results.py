@@ -26,7 +26,9 @@ def best_of(contenders: dict[str, Callable[[], object]], rounds: int) -> dict[st
 
 def keep(what: str, rows: list[dict[str, Any]]) -> None:
     """Print a table and write it, with machine, date and commit, to benchmarks/results/<what>.{md,json}."""
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
+    changed = ["git", "status", "--porcelain", "--", ".", ":!benchmarks/results"]
+    dirty = "-dirty" if subprocess.run(changed, capture_output=True, text=True).stdout else ""
+    commit = subprocess.run(["git", "describe", "--always"], capture_output=True, text=True).stdout.strip() + dirty
     about = {
         "what": what,
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
