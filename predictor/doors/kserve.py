@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from cube.errors import BadRequest
+from cube.errors import BadRequest, Unimplemented
 from cube.rpc.calls import Call, Handler, parse
 from predictor.pb import kserve_pb2 as pb
 from predictor.service import Answer, InferenceService
@@ -71,9 +71,19 @@ class KServeDoor:
 
     async def ModelInfer(self, message: bytes, call: Call) -> bytes:  # noqa: N802
         request = parse(pb.ModelInferRequest, message)
+        _refuse_what_is_not_here(request)
         wanted = [output.name for output in request.outputs]
         answer = await self._service.infer(request.model_name, request.model_version, inputs_of(request), wanted, call)
         return _reply(request.id, answer).SerializeToString()
+
+
+def _refuse_what_is_not_here(request: pb.ModelInferRequest) -> None:
+    """Raise Unimplemented for parameters that would change the answer: shared memory, classification, sequences."""
+    names = [name for tensor in request.inputs for name in tensor.parameters]
+    names += [name for output in request.outputs for name in output.parameters]
+    names += [name for name in request.parameters if name.startswith("sequence_")]
+    if names:
+        raise Unimplemented(f"parameter {min(names)[:100]!r} is not implemented")
 
 
 def inputs_of(request: pb.ModelInferRequest) -> dict[str, Value]:

@@ -162,6 +162,16 @@ def test_outputs_come_in_the_order_asked_for(client):
         client.infer("mlp", inputs, outputs=[triton.InferRequestedOutput("z")])
 
 
+def test_parameters_that_would_change_the_answer_are_refused_and_not_ignored(client):
+    inputs = [tensor("x", np.zeros((1, 4), np.float32), "FP32"), tensor("scale", np.ones(1, np.float32), "FP32")]
+    with pytest.raises(InferenceServerException, match="parameter 'classification' is not implemented") as raised:
+        client.infer("mlp", inputs, outputs=[triton.InferRequestedOutput("y", class_count=1)])
+    assert raised.value.status() == "StatusCode.UNIMPLEMENTED"
+    with pytest.raises(InferenceServerException, match="parameter 'sequence_"):
+        client.infer("mlp", inputs, sequence_id=7)
+    assert client.infer("mlp", inputs, priority=1, timeout=1_000_000).as_numpy("y").shape == (1, 2)
+
+
 def test_typed_contents_are_understood_too(address):
     from cube.rpc.channel import Channel
     from predictor.pb import kserve_pb2 as pb
