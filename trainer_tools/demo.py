@@ -258,6 +258,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--root", default=".", metavar="DIR", help="where to leave model/, model.pruned/, cube-data/, demo-data/"
     )
     args = parser.parse_args(argv)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs are started with it ignored
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # run the finally blocks: children must go
     try:
         if args.lines < 2:
