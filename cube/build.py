@@ -1,27 +1,62 @@
-"""Rows → segments: one per shard, published together as one version of one table."""
+"""Rows → stores, one per shard, published together as one version of one table. Bounded memory, resumable.
 
-from collections.abc import Callable
+Two passes. *Reading*: rows are encoded, grouped by bin - a partition of a shard - and written to run files, each as
+large as memory allows. *Building*: a bin is read back from all runs, of repeated keys the last is kept, and the
+engine's writer lays it out; several bins at a time, written in order. So memory holds a few runs, then a few bins,
+never a table.
+
+All of it happens in `<data>/<table>/.<version>.build/`. A build that was killed goes on from its finished runs and
+shards if it is asked for again with the same input and options; readers see nothing of it before the whole version is
+renamed to its place.
+"""
+
+import contextlib
+import fcntl
+import os
+import shutil
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from cube.errors import BadData
+from cube.errors import BadConfig, BadData
+from cube.kernels import U, kernel, mix
 from cube.keys import shards_of
-from cube.publish import publishing
+from cube.publish import exists_already, publish
+from cube.rows import RowFormat, flat, not_finite, rows_at
+from cube.sources import Batch, Cursor, Source
 from cube.storage import segment
+from cube.storage.engines import ENGINES
+from cube.storage.index import partitions_of
+from cube.storage.store import About, Writer
 from cube.version import Version
 
-KEYS_FILE, ROWS_FILE = "keys.npy", "rows.npy"
-MAX_KEYS = 1 << 31  # per shard: the index counts places in 32 bits
+T = TypeVar("T")
+
+DEFAULT_MEMORY = 2 << 30
+MIN_MEMORY = 512 << 20
+_PROCESS = 350 << 20  # Python, numpy, a compiler's leavings, file readers: what a build takes before it holds a row
+_PARTITION_KEYS = 1 << 20  # its bitmap of taken places, 128 KB, fits a core's cache
+_PLAN, _OUT, _LOCK = "plan.json", "out", "lock"
 
 
-class Rows(NamedTuple):
-    """The rows of a table before they are built. keys: uint64[n]; rows: float32[n, dim]."""
+class Options(NamedTuple):
+    """How a table is to be built."""
 
-    keys: NDArray[np.uint64]
-    rows: NDArray[np.float32]
+    shards: int = 1
+    row_format: RowFormat = RowFormat.F32
+    engine: str = "segment"
+    url: str = ""  # of the server that takes the rows, for engines that have one
+    default_row: tuple[float, ...] = ()  # what absent keys read; empty: zeros
+    reject_not_finite: bool = False
+    memory: int = DEFAULT_MEMORY  # bytes, about
+    workers: int = os.cpu_count() or 1
+    restart: bool = False  # throw away what a killed build has left
 
 
 class Built(NamedTuple):
@@ -30,53 +65,92 @@ class Built(NamedTuple):
     directory: Path
     keys_by_shard: list[int]
     duplicates: int  # rows that a later row of the same key replaced
+    not_finite: int  # rows that hold a NaN or an infinity, and were kept
 
 
-def read_rows(directory: Path) -> Rows:
-    """Map `keys.npy` (uint64[n]) and `rows.npy` (float32[n, dim]); raises BadData naming the file."""
-    keys, rows = _array(directory / KEYS_FILE, np.uint64, 1), _array(directory / ROWS_FILE, np.float32, 2)
-    if len(keys) != len(rows):
-        raise BadData(str(directory), f"{len(keys)} keys and {len(rows)} rows", "as many rows as keys")
-    if rows.shape[1] == 0:
-        raise BadData(str(directory / ROWS_FILE), "rows of 0 elements", "at least 1")
-    return Rows(keys, rows)
+class Progress(Protocol):
+    """Told of work as it is done."""
+
+    def __call__(self, stage: str, rows: int, of: int) -> object:
+        """`rows` more of about `of` rows have been through a stage, "reading" or "building"."""
 
 
-def write_rows(directory: Path, rows: Rows) -> None:
-    """Write what `read_rows` reads."""
-    directory.mkdir(parents=True, exist_ok=True)
-    np.save(directory / KEYS_FILE, np.ascontiguousarray(rows.keys, "<u8"))
-    np.save(directory / ROWS_FILE, np.ascontiguousarray(rows.rows, "<f4"))
+class _Plan(msgspec.Struct, frozen=True):
+    """What makes two builds the same. Written when a build starts, compared when it is resumed."""
+
+    table: str
+    version: str
+    shards: int
+    partitions: int  # of each shard
+    dim: int
+    row_format: str
+    engine: str
+    url: str
+    default_row: tuple[float, ...]
+    reject_not_finite: bool
+    files: list[tuple[str, int, str]]  # url, bytes, what changes when the content does
+    boot: str  # runs are not forced to disk: after a crash of the machine they may not be what they seem
+
+
+class _Run(msgspec.Struct, frozen=True):
+    """What is in front of a run's rows: JSON, after its length in 8 bytes; after it counts, keys, rows."""
+
+    then: Cursor  # where the next run starts
+    read: int  # rows that were read for it
+    duplicates: int
+
+
+class _RunFile(NamedTuple):
+    path: Path
+    run: _Run
+    starts: NDArray[np.int64]  # int64[bins + 1]: bin b is rows starts[b] to starts[b + 1]
+    keys_at: int
+    rows_at: int
+
+
+class _Shard(msgspec.Struct, frozen=True):
+    """What is known of a finished shard."""
+
+    keys: int
+    duplicates: int
+    not_finite: int
 
 
 def build(
-    rows: Rows,
+    source: Source,
     data: Path,
     table: str,
     version: Version,
-    shards: int,
-    progress: Callable[[int], object] = lambda keys: None,
+    options: Options = Options(),  # noqa: B008 - immutable
+    progress: Progress = lambda stage, rows, of: None,
 ) -> Built:
-    """Write `<data>/<table>/<version>/<shard>-of-<shards>.seg` for every shard, and publish them together.
+    """Write `<data>/<table>/<version>/<shard>-of-<shards><suffix>` for every shard, and publish them together.
 
-    Of rows with the same key the last wins. `progress` is told how many keys each finished shard holds. Raises
-    BadData for an existing version or a bad name.
+    Of rows with the same key the last wins. Raises BadData for rows that cannot be stored, an existing version, a bad
+    name; OSError where the disk fails: what was done is kept, and a second call goes on from there.
     """
-    check_table_name(table)
-    if not 1 <= shards <= 65535:
-        raise BadData("shards", shards, "1 to 65535")
-    last = _last_of_each(rows.keys)
-    shard_of = shards_of(np.asarray(rows.keys)[last], shards)
-    counts = np.bincount(shard_of, minlength=shards)
-    if counts.max(initial=0) > MAX_KEYS:
-        raise BadData(f"table {table!r}", f"{counts.max()} keys in one shard", f"at most {MAX_KEYS}: use more shards")
-    with publishing(data / table / str(version)) as draft:
-        for shard in range(shards):
-            mine = last[shard_of == shard]
-            path = draft / segment.file_name(shard, shards)
-            segment.write(path, table, version, shard, shards, rows.keys[mine], rows.rows[mine])
-            progress(mine.size)
-    return Built(data / table / str(version), counts.tolist(), len(rows.keys) - last.size)
+    plan = _planned(source, table, version, options)
+    place = data / table / str(version)
+    work = place.parent / f".{version}.build"
+    with _locked(work, place):
+        if place.exists():
+            shutil.rmtree(work)
+            raise exists_already(place)
+        try:
+            _settle(work, plan, options.restart)
+            runs = _read(source, work, plan, options, progress)
+            built = _build(runs, work, plan, options, progress)
+        except BadData:  # the same input and options would fail again
+            shutil.rmtree(work)
+            raise
+        publish(work / _OUT, place)
+        shutil.rmtree(work)
+    return Built(
+        place,
+        [shard.keys for shard in built],
+        sum(run.run.duplicates for run in runs) + sum(shard.duplicates for shard in built),
+        sum(shard.not_finite for shard in built),
+    )
 
 
 def check_table_name(table: str) -> None:
@@ -85,20 +159,329 @@ def check_table_name(table: str) -> None:
         raise BadData("table name", repr(table), f"1 to {segment.TABLE_NAME_BYTES} bytes, no '/', no dot first")
 
 
-def _last_of_each(keys: NDArray[np.uint64]) -> NDArray[np.int64]:
-    """The position of the last occurrence of each distinct key, in order of position. keys: uint64[n]."""
-    _, first_in_reverse = np.unique(np.asarray(keys)[::-1], return_index=True)
-    return np.sort(len(keys) - 1 - first_in_reverse)
+def _planned(source: Source, table: str, version: Version, options: Options) -> _Plan:
+    check_table_name(table)
+    if not 1 <= options.shards <= 65535:
+        raise BadData("shards", options.shards, "1 to 65535")
+    if source.dim < 1:
+        raise BadData("rows", "rows of 0 elements", "at least 1")
+    if options.engine not in ENGINES:
+        raise BadConfig("engine", repr(options.engine), " or ".join(ENGINES))
+    if options.memory < MIN_MEMORY:
+        raise BadConfig("memory", f"{options.memory >> 20} MiB", f"at least {MIN_MEMORY >> 20} MiB")
+    if len(options.default_row) not in (0, source.dim):
+        raise BadData("default row", f"{len(options.default_row)} elements", f"{source.dim}, as the rows have")
+    keys = min(_PARTITION_KEYS, _rows_in_memory(options, _building_bytes(source.dim, options.row_format), spare=2))
+    partitions = max(1, -(-source.most_rows // (options.shards * keys)))
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    return _Plan(
+        table, str(version), options.shards, partitions, source.dim, options.row_format.text, options.engine,
+        options.url, options.default_row, options.reject_not_finite,
+        [(file.url, file.size, file.version) for file in source.files],
+        boot.read_text().strip() if boot.exists() else "",
+    )  # fmt: skip
 
 
-def _array(path: Path, dtype: type, ndim: int) -> Any:
-    expected = f"a .npy array of {np.dtype(dtype).name} with {ndim} dimension{'s'[: ndim - 1]}"
+def _rows_in_memory(options: Options, row_bytes: int, spare: int) -> int:
+    """How many rows each of the workers, and `spare` more holders of rows, may have in memory at once."""
+    return max(1024, int((options.memory - _PROCESS) * 0.8) // (row_bytes * (options.workers + spare)))
+
+
+def _reading_bytes(dim: int, row_format: RowFormat) -> int:
+    """Memory for each row of a run: as read (twice while its batches are joined), encoded, sorted, and the sorting."""
+    return 2 * (8 + 4 * dim) + 2 * (8 + row_format.row_bytes(dim)) + 24
+
+
+def _building_bytes(dim: int, row_format: RowFormat) -> int:
+    """Memory for each row of a bin: as read, without duplicates, laid out, and finding pilots."""
+    return 3 * (16 + row_format.row_bytes(dim)) + 56
+
+
+@contextlib.contextmanager
+def _locked(work: Path, place: Path) -> Iterator[None]:
+    """Hold the work directory; raises BadData if another build does."""
+    work.mkdir(parents=True, exist_ok=True)
+    with (work / _LOCK).open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise BadData(str(place), "another build of it under way", "one at a time") from error
+        yield
+
+
+def _settle(work: Path, plan: _Plan, restart: bool) -> None:
+    """Make the work directory one of this plan; raises BadData if it holds another build's work."""
+    path = work / _PLAN
+    if path.exists() and not restart:
+        try:
+            there = msgspec.json.decode(path.read_bytes(), type=_Plan)
+        except msgspec.MsgspecError:
+            there = None
+        if there == plan:
+            return
+        if there is not None and there.boot == plan.boot:
+            differs = ", ".join(f for f in _Plan.__struct_fields__ if getattr(there, f) != getattr(plan, f))
+            raise BadConfig(
+                str(work),
+                f"what another build of this version left (other {differs})",
+                "the same input and options, or --restart",
+            )
+    for old in work.iterdir():
+        if old.is_dir():
+            shutil.rmtree(old)
+        elif old.name != _LOCK:
+            old.unlink()
+    _note(path, plan)
+
+
+def _note(path: Path, facts: msgspec.Struct) -> None:
+    """Write a small file that is there whole or not at all."""
+    draft = path.with_suffix(".draft")
+    draft.write_bytes(msgspec.json.encode(facts))
+    draft.rename(path)
+
+
+# --- reading: source → runs
+
+
+def _read(source: Source, work: Path, plan: _Plan, options: Options, progress: Progress) -> list[_RunFile]:
+    """All rows of the source as runs, beginning with those that a killed build has finished."""
+    bins = plan.shards * plan.partitions
+    runs: list[_RunFile] = []
+    while (path := _run_path(work, len(runs))).exists():
+        runs.append(_opened(path, bins))
+        progress("reading", runs[-1].run.read, source.most_rows)
+    for orphan in work.glob("run-*"):  # finished out of turn, or never
+        if orphan not in {run.path for run in runs}:
+            orphan.unlink()
+    cursor = runs[-1].run.then if runs else Cursor(0, 0)
+    most = _rows_in_memory(options, _reading_bytes(plan.dim, options.row_format), spare=1)
+    with _Ordered[_RunFile](options.workers) as pool:
+        groups = _grouped(source.batches(cursor, min(most, 1 << 18)), most)
+        for number, batches in enumerate(groups, len(runs)):
+            for run in pool.put(_spill, batches, _run_path(work, number), plan, options):
+                runs.append(run)
+                progress("reading", run.run.read, source.most_rows)
+        for run in pool.rest():
+            runs.append(run)
+            progress("reading", run.run.read, source.most_rows)
+    return runs
+
+
+def _run_path(work: Path, number: int) -> Path:
+    return work / f"run-{number:06d}"
+
+
+def _grouped(batches: Iterator[Batch], most: int) -> Iterator[list[Batch]]:
+    """Batches until they hold about `most` rows."""
+    group: list[Batch] = []
+    held = 0
+    for batch in batches:
+        if group and held + batch.keys.size > most:
+            yield group
+            group, held = [], 0
+        group.append(batch)
+        held += batch.keys.size
+    if group:
+        yield group
+
+
+def _spill(batches: list[Batch], path: Path, plan: _Plan, options: Options) -> _RunFile:
+    """Write one run: rows grouped by bin, in each bin in their order, of repeated keys the last."""
+    keys = np.concatenate([batch.keys for batch in batches])
+    then = batches[-1].cursor
+    if options.reject_not_finite:
+        for batch in batches:
+            _reject(batch)
+    raw = np.concatenate([_encoded(batch, options.row_format) for batch in batches])
+    batches.clear()
+    bins = shards_of(keys, plan.shards).astype(np.int64) * plan.partitions + partitions_of(keys, plan.partitions)
+    keep = _last_of_each(keys)
+    starts = np.zeros(plan.shards * plan.partitions + 1, np.int64)
+    np.cumsum(np.bincount(bins[keep], minlength=starts.size - 1), out=starts[1:])
+    sorted_keys, order = np.empty(starts[-1], np.uint64), np.empty(starts[-1], np.int64)
+    _group(keys, bins, keep, starts[:-1].copy(), sorted_keys, order)
+    sorted_raw = rows_at(raw, order)
+    run = _Run(then, keys.size, int(keys.size - order.size))
+    head = msgspec.json.encode(run)
+    draft = path.with_suffix(".draft")
+    with draft.open("wb", buffering=0) as file:
+        for part in (len(head).to_bytes(8, "little"), head, starts, sorted_keys, sorted_raw):
+            view = flat(part).data if isinstance(part, np.ndarray) else memoryview(part)
+            while view:  # ends: a full disk is an error
+                view = view[file.write(view) :]
+    draft.rename(path)
+    return _opened(path, starts.size - 1)
+
+
+def _encoded(batch: Batch, row_format: RowFormat) -> NDArray[np.uint8]:
     try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except FileNotFoundError as error:
-        raise BadData(str(path), "no such file", expected) from error
-    except (OSError, ValueError, EOFError) as error:
-        raise BadData(str(path), error, expected) from error
-    if array.dtype != dtype or array.ndim != ndim:
-        raise BadData(str(path), f"{array.dtype} with shape {array.shape}", expected)
-    return array
+        return row_format.encode(batch.rows)
+    except BadData as error:
+        row = int(error.place.split()[1])
+        raise BadData(f"key {batch.keys[row]}", error.found, error.expected) from error
+
+
+def _reject(batch: Batch) -> None:
+    finite = np.isfinite(batch.rows).all(axis=1)
+    if not finite.all():
+        row = int(np.argmin(finite))
+        raise BadData(
+            f"key {batch.keys[row]}", batch.rows[row].tolist()[:8], "finite elements: --reject-nan was asked for"
+        )
+
+
+def _opened(path: Path, bins: int) -> _RunFile:
+    with path.open("rb") as file:
+        head = file.read(int.from_bytes(file.read(8), "little"))
+        starts = np.frombuffer(file.read(8 * (bins + 1)), np.int64)
+        keys_at = file.tell()
+    return _RunFile(path, msgspec.json.decode(head, type=_Run), starts, keys_at, keys_at + 8 * int(starts[-1]))
+
+
+# --- building: runs → stores
+
+
+def _build(runs: list[_RunFile], work: Path, plan: _Plan, options: Options, progress: Progress) -> list[_Shard]:
+    """Every shard's store in work/out, beginning with those that a killed build has finished."""
+    out = work / _OUT
+    out.mkdir(exist_ok=True)
+    total = sum(int(run.starts[-1]) for run in runs)
+    built = []
+    for shard in range(plan.shards):
+        done = work / f"shard-{shard}.json"
+        if not done.exists():
+            facts = _build_shard(runs, shard, work, plan, options, lambda rows: progress("building", rows, total))
+            _note(done, facts)
+        else:
+            facts = msgspec.json.decode(done.read_bytes(), type=_Shard)
+            progress("building", facts.keys + facts.duplicates, total)
+        built.append(facts)
+    return built
+
+
+def _build_shard(
+    runs: list[_RunFile], shard: int, work: Path, plan: _Plan, options: Options, progress: Callable[[int], object]
+) -> _Shard:
+    engine = ENGINES[options.engine]
+    draft, final = work / f"shard{engine.suffix}", work / _OUT / segment.file_name(shard, plan.shards, engine.suffix)
+    if draft.exists():
+        shutil.rmtree(draft) if draft.is_dir() else draft.unlink()
+    default_row = np.array([options.default_row], np.float32)
+    about = About(
+        plan.table, Version.parse(plan.version), shard, plan.shards, plan.dim, options.row_format,
+        options.row_format.encode(default_row).tobytes() if options.default_row else b"",
+    )  # fmt: skip
+    keys = duplicates = odd = 0
+    with contextlib.closing(engine.write(draft, about, plan.partitions, options.url)) as writer:
+
+        def add(bin_: _Bin) -> None:
+            nonlocal keys, duplicates, odd
+            writer.add(bin_.prepared)
+            keys, duplicates, odd = keys + bin_.keys, duplicates + bin_.duplicates, odd + bin_.not_finite
+            progress(bin_.keys + bin_.duplicates)
+
+        with _Ordered[_Bin](options.workers) as pool:
+            for partition in range(plan.partitions):
+                for ready in pool.put(_prepare, runs, shard * plan.partitions + partition, about, writer):
+                    add(ready)
+            for ready in pool.rest():
+                add(ready)
+        writer.finish()
+    if final.exists():  # a kill came between this rename and the note of it
+        shutil.rmtree(final) if final.is_dir() else final.unlink()
+    draft.rename(final)
+    return _Shard(keys, duplicates, odd)
+
+
+class _Bin(NamedTuple):
+    prepared: Any
+    keys: int
+    duplicates: int
+    not_finite: int
+
+
+def _prepare(runs: list[_RunFile], number: int, about: About, writer: Writer) -> _Bin:
+    """Read a bin from all runs, keep the last of each key, let the writer lay it out."""
+    sizes = [int(run.starts[number + 1] - run.starts[number]) for run in runs]
+    keys, raw = np.empty(sum(sizes), np.uint64), np.empty((sum(sizes), about.row_bytes), np.uint8)
+    at = 0
+    for run, size in zip(runs, sizes, strict=True):
+        with run.path.open("rb", buffering=0) as file:
+            first = int(run.starts[number])
+            _fill_from(file.fileno(), keys[at : at + size], run.keys_at + 8 * first)
+            _fill_from(file.fileno(), raw[at : at + size], run.rows_at + about.row_bytes * first)
+        at += size
+    keep = _last_of_each(keys) if len(runs) > 1 else np.ones(keys.size, np.bool_)  # within a run they are distinct
+    duplicates = keys.size - int(np.count_nonzero(keep))
+    if duplicates:
+        keys, raw = keys[keep], raw[keep]
+    return _Bin(writer.prepare(keys, raw), keys.size, duplicates, not_finite(about.row_format, raw, about.dim))
+
+
+def _fill_from(handle: int, array: NDArray[Any], offset: int) -> None:
+    """Fill an array with the bytes of a file at an offset."""
+    view = flat(array).data
+    while view:
+        got = os.preadv(handle, [view], offset)
+        if not got:
+            raise OSError(f"a run file of this build ends at byte {offset}, before its rows do")
+        view, offset = view[got:], offset + got
+
+
+# --- what both passes use
+
+
+class _Ordered(Generic[T]):
+    """Runs calls in threads and gives their results back in the order they were asked for, few at a time."""
+
+    def __init__(self, workers: int):
+        self._pool, self._workers = ThreadPoolExecutor(workers), workers
+        self._waiting: deque[Future[T]] = deque()
+
+    def put(self, function: Callable[..., T], *args: Any) -> Iterator[T]:
+        """Start a call; yields what has to be taken before more than one call a worker, and one, are under way."""
+        self._waiting.append(self._pool.submit(function, *args))
+        while len(self._waiting) > self._workers:
+            yield self._waiting.popleft().result()
+
+    def rest(self) -> Iterator[T]:
+        """The results of all calls that are left."""
+        while self._waiting:
+            yield self._waiting.popleft().result()
+
+    def __enter__(self) -> "_Ordered[T]":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+
+@kernel
+def _mark_last(keys, slots, keep):  # type: ignore[no-untyped-def]
+    """Mark the last of each key. slots: int32[power of two > keys.size], all -1: linear probing ends at a free one."""
+    mask = U(slots.size - 1)
+    for i in range(keys.size - 1, -1, -1):
+        s = mix(keys[i]) & mask
+        while slots[s] >= 0 and keys[slots[s]] != keys[i]:
+            s = (s + U(1)) & mask
+        keep[i] = slots[s] < 0
+        if slots[s] < 0:
+            slots[s] = i
+
+
+@kernel
+def _group(keys, bins, keep, fill, sorted_keys, order):  # type: ignore[no-untyped-def]
+    """Bring what is kept into order of bins; fill: where each bin begins, and then ends."""
+    for i in range(keys.size):
+        if keep[i]:
+            at = fill[bins[i]]
+            sorted_keys[at], order[at] = keys[i], i
+            fill[bins[i]] += 1
+
+
+def _last_of_each(keys: NDArray[np.uint64]) -> NDArray[np.bool_]:
+    """Which of keys (uint64[n], n < 2**31) are the last of their value."""
+    keep = np.empty(keys.size, np.bool_)
+    _mark_last(keys, np.full(2 << keys.size.bit_length(), -1, np.int32), keep)
+    return keep

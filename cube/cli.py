@@ -2,6 +2,7 @@
 
 import argparse
 import asyncio
+import contextlib
 import json
 import logging
 import os
@@ -19,6 +20,9 @@ from cube.client import RemoteCube
 from cube.config import read, settle
 from cube.errors import BadConfig, ServingError
 from cube.pb.cube_config_pb2 import CubeConfig
+from cube.rows import RowFormat
+from cube.sources import open_source
+from cube.storage.engines import ENGINES
 from cube.storage.segment import Segment
 from cube.version import Version
 
@@ -79,6 +83,11 @@ def server(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--max-keys", type=positive, metavar="N", help="largest number of keys in one call (default: 4194304)"
     )
+    parser.add_argument(
+        "--verify",
+        choices=cube_server.VERIFY,
+        help="compare the checksums of all rows: in the background while they are served (default), first, or off",
+    )
     parser.add_argument("--check", action="store_true", help="check settings and files, serve nothing")
     args = parser.parse_args(argv)
 
@@ -108,12 +117,14 @@ def build(argv: Sequence[str] | None = None) -> int:
     """cube-build."""
     parser = argparse.ArgumentParser(
         prog="cube-build",
-        description="Build the segments that cube-server serves: one file per shard, published together as "
-        "OUT/TABLE/VERSION/<shard>-of-<shards>.seg.",
+        description="Build what cube-server serves: the rows of one version of one table, in one store per shard, "
+        "published together as OUT/TABLE/VERSION/<shard>-of-<shards>.seg. Memory stays within --memory whatever the "
+        "table's size; a build that was interrupted goes on where it was when it is asked for again.",
+        epilog="ROWS are fsspec paths (local, s3://, gs://, hdfs://, memory:// ...), globs or directories of: keys.npy "
+        "+ rows.npy (as prune-program writes them), Parquet, Arrow IPC, safetensors, or sequence files of Paddle's "
+        "cube builder. Of rows with the same key the last wins.",
     )
-    parser.add_argument(
-        "rows", metavar="ROWS", help="directory with keys.npy (uint64[n]) and rows.npy (float32[n, dim])"
-    )
+    parser.add_argument("rows", nargs="+", metavar="ROWS", help="where the rows are, in this order")
     parser.add_argument("--table", required=True, metavar="NAME", help="name of the table")
     parser.add_argument(
         "--version", required=True, metavar="BASE@DELTA", help="version of these rows, such as 1763766000@0"
@@ -122,18 +133,93 @@ def build(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--out", default="cube-data", metavar="DIR", help="where the cube's files are (default: cube-data)"
     )
+    parser.add_argument(
+        "--format", default="f32", choices=[f.text for f in RowFormat],
+        help="how rows are stored: f32 (default), f16, bf16, or i8 with a scale and a bias per row",
+    )  # fmt: skip
+    parser.add_argument(
+        "--key-column", default="key", metavar="NAME", help="Parquet, Arrow, safetensors (default: key)"
+    )
+    parser.add_argument(
+        "--row-column", default="row", metavar="NAME", help="Parquet, Arrow, safetensors (default: row)"
+    )
+    parser.add_argument(
+        "--default-row",
+        metavar="X,X,...",
+        help="what absent keys read: one number for every element, or for all of them",
+    )
+    parser.add_argument(
+        "--reject-nan", action="store_true", help="refuse rows with a NaN or an infinity (default: keep and count them)"
+    )
+    parser.add_argument(
+        "--memory", type=mebibytes, default=builder.DEFAULT_MEMORY, metavar="SIZE",
+        help=f"memory to use, such as 800M or 4G (default: {builder.DEFAULT_MEMORY >> 30}G)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--workers", type=positive, default=os.cpu_count(), metavar="N", help="threads (default: all cores)"
+    )
+    parser.add_argument(
+        "--engine", default="segment", choices=list(ENGINES), help="what holds the rows (default: segment, the fastest)"
+    )
+    parser.add_argument(
+        "--url", default="", help="of the server, for --engine redis: redis://host:port, redis+cluster://..."
+    )
+    parser.add_argument("--restart", action="store_true", help="begin anew where an interrupted build would go on")
     args = parser.parse_args(argv)
 
     def work() -> int:
         version = Version.parse(args.version, "--version")
-        rows = builder.read_rows(Path(args.rows))
-        with tqdm(total=len(rows.keys), unit="row", unit_scale=True, desc=args.table, disable=None) as bar:
-            built = builder.build(rows, Path(args.out), args.table, version, args.shards, bar.update)
+        source = open_source(args.rows, args.key_column, args.row_column)
+        options = builder.Options(
+            args.shards, RowFormat.parse(args.format), args.engine, args.url,
+            _default_row(args.default_row, source.dim), args.reject_nan, args.memory, args.workers, args.restart,
+        )  # fmt: skip
+        with _Bars(args.table) as bars:
+            built = builder.build(source, Path(args.out), args.table, version, options, bars)
         counts = ", ".join(f"{n:,}" for n in built.keys_by_shard)
         print(f"cube-build: {built.directory}: {counts} rows by shard, {built.duplicates:,} duplicate keys replaced")
+        if built.not_finite:
+            print(f"cube-build: {built.not_finite:,} rows hold a NaN or an infinity (--reject-nan refuses them)")
         return 0
 
     return guarded("cube-build", work)
+
+
+class _Bars:
+    """A progress bar for each stage of a build."""
+
+    def __init__(self, table: str):
+        self._table, self._bars, self._stack = table, dict[str, Any](), contextlib.ExitStack()
+
+    def __call__(self, stage: str, rows: int, of: int) -> None:
+        if stage not in self._bars:
+            bar = tqdm(total=of, unit="row", unit_scale=True, desc=f"{self._table} {stage}", disable=None)
+            self._bars[stage] = self._stack.enter_context(bar)
+        self._bars[stage].update(rows)
+
+    def __enter__(self) -> "_Bars":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+
+def mebibytes(text: str) -> int:
+    """A flag's size: a number with M or G after it, in bytes."""
+    number, unit = text[:-1], {"M": 20, "G": 30}.get(text[-1:].upper())
+    if unit is None or not (number.isascii() and number.isdigit()):
+        raise argparse.ArgumentTypeError(f"found {text!r}, expected a size such as 800M or 4G")
+    return int(number) << unit
+
+
+def _default_row(text: str | None, dim: int) -> tuple[float, ...]:
+    if text is None:
+        return ()
+    try:
+        numbers = tuple(float(part) for part in text.split(","))
+    except ValueError as error:
+        raise BadConfig("--default-row", repr(text), "numbers separated by commas") from error
+    return numbers * dim if len(numbers) == 1 else numbers
 
 
 def ctl(argv: Sequence[str] | None = None) -> int:
@@ -173,7 +259,10 @@ def _status(args: argparse.Namespace) -> int:
             "version": str(Version(v.version.base, v.version.delta)),
             "rows": v.keys,
             "dim": v.dim,
+            "format": v.row_format,
+            "engine": v.engine,
             "file_bytes": v.file_bytes,
+            "verified": v.verified,
             "keys_found": table.keys_found,
             "keys_absent": table.keys_absent,
             "lookups": status.lookups,
@@ -229,13 +318,22 @@ def _verify(args: argparse.Namespace) -> int:
     if not files:
         raise BadConfig(", ".join(args.paths), "no segment files", "*.seg files")
     shown = []
-    for file in tqdm(files, unit="file", disable=None):
-        segment = Segment(file)
-        segment.verify()
-        header = segment.header
-        shown.append(
-            {"file": str(file), "table": header.table, "version": str(header.version), "rows": header.keys, "ok": True}
-        )
+    total = sum(file.stat().st_size for file in files)
+    with tqdm(total=total, unit="B", unit_scale=True, desc="verify", disable=None) as bar:
+        for file in files:
+            segment = Segment(file)
+            segment.verify(bar.update)
+            about = segment.about
+            shown.append(
+                {
+                    "file": str(file),
+                    "table": about.table,
+                    "version": str(about.version),
+                    "rows": len(segment),
+                    "format": about.row_format.text,
+                    "ok": True,
+                }
+            )
     _show(shown, args.json)
     return 0
 

@@ -17,9 +17,10 @@ from cube.kernels import U, kernel, mix
 from cube.keys import shards_of
 from cube.pb import cube_pb2 as pb
 from cube.rpc.channel import Channel
-from cube.service import KEYS_ON_LOOP, LOOKUP, STATUS
+from cube.service import KEYS_ON_LOOP, LOOKUP, STATUS, is_short
 from cube.storage.index import KERNELS as INDEX_KERNELS
-from cube.table import Table, open_tables, shards_in
+from cube.storage.store import Store
+from cube.table import Table, Verification, open_tables, shards_in
 from cube.version import Version
 
 
@@ -56,6 +57,7 @@ class LocalCube:
         """Open the newest versions under `data`; raises BadConfig, DataCorrupt."""
         self._data, self._shards = data, shards_in(data)
         self._tables: list[dict[str, Table]] = [open_tables(data, shard, self._shards) for shard in range(self._shards)]
+        self._verification = Verification(self._stores())  # started by open
 
     def __str__(self) -> str:
         return f"local cube {self._data}"
@@ -63,9 +65,10 @@ class LocalCube:
     async def open(self, tables: Mapping[str, tuple[Version, int]], wait_s: float) -> None:
         for shard, there in enumerate(self._tables):
             _check(tables, _described(there), f"local cube {self._data} shard {shard}")
+        self._verification.start()
 
     async def gather(self, table: str, version: Version, keys: NDArray[np.uint64], timeout_s: float) -> Rows:
-        if keys.size <= KEYS_ON_LOOP:
+        if is_short(self._tables[0][table].store(version), keys.size):
             return self.rows(table, version, keys)
         return await asyncio.to_thread(self.rows, table, version, keys)
 
@@ -78,7 +81,13 @@ class LocalCube:
         return asked.joined(parts)
 
     async def close(self) -> None:
+        self._verification.stop()
+        for store in self._stores():
+            store.close()
         self._tables = []
+
+    def _stores(self) -> list[Store]:
+        return [store for tables in self._tables for table in tables.values() for store in table.stores]
 
 
 class RemoteCube:
@@ -203,14 +212,14 @@ def split(keys: NDArray[np.uint64], shards: int) -> Split:
 
 
 def _looked_up(table: Table, version: Version | None, keys: NDArray[np.uint64]) -> Rows:
-    dim = table.segment(version).header.dim
-    rows, found = np.empty((keys.size, dim), np.float32), np.empty(keys.size, np.bool_)
-    table.segment(version).lookup(keys, rows, found)
+    store = table.store(version)
+    rows, found = np.empty((keys.size, store.about.dim), np.float32), np.empty(keys.size, np.bool_)
+    store.lookup(keys, rows, found)
     return Rows(rows, found)
 
 
 def _described(tables: Mapping[str, Table]) -> dict[str, dict[Version, int]]:
-    return {name: {v: table.segment(v).header.dim for v in table.versions} for name, table in tables.items()}
+    return {name: {s.about.version: s.about.dim for s in table.stores} for name, table in tables.items()}
 
 
 def _check(wanted: Mapping[str, tuple[Version, int]], there: Mapping[str, Mapping[Version, int]], place: str) -> None:

@@ -32,28 +32,65 @@ def inlined(function: Callable[..., Any]) -> Any:
     return njit(inline="always")(function)
 
 
-def _prefetch(typingctx: Any, array: Any, index: Any) -> Any:
-    """Ask the CPU to bring array[index]'s cache line. `array` is one-dimensional, `index` is np.intp.
+def _prefetch(typingctx: Any, address: Any) -> Any:
+    """Ask the CPU to bring the cache line of an address. No address is wrong: nothing is read.
 
     LLVM's llvm.prefetch (address, 0 = for reading, 3 = keep in all cache levels, 1 = data cache).
     """
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        data = context.make_array(signature.args[0])(context, builder, args[0]).data
-        address = builder.bitcast(builder.gep(data, [args[1]]), ir.IntType(8).as_pointer())
-        i32 = ir.IntType(32)
-        kind = ir.FunctionType(ir.VoidType(), [ir.IntType(8).as_pointer(), i32, i32, i32])
+        i8, i32 = ir.IntType(8), ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [i8.as_pointer(), i32, i32, i32])
         instruction: Any = cgutils.get_or_insert_function  # type: ignore[assignment,unused-ignore]
         builder.call(
             instruction(builder.module, kind, "llvm.prefetch.p0"),
-            [address, *(ir.Constant(i32, value) for value in (0, 3, 1))],
+            [builder.inttoptr(args[0], i8.as_pointer()), *(ir.Constant(i32, value) for value in (0, 3, 1))],
         )
         return context.get_dummy_value()
 
-    return types.void(array, types.intp), codegen
+    return types.void(types.uint64), codegen
 
 
+def _load(typingctx: Any, size: Any, address: Any) -> Any:
+    """The little-endian number of 8 * `size` bits (a literal: 1, 2, 4 or 8 bytes) at an address, as uint64."""
+    bits = 8 * size.literal_value
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        value = builder.load(builder.inttoptr(args[1], ir.IntType(bits).as_pointer()))
+        value.align = 1
+        return builder.zext(value, ir.IntType(64)) if bits < 64 else value
+
+    return types.uint64(size, types.uint64), codegen
+
+
+def _store_key(typingctx: Any, address: Any, key: Any) -> Any:
+    """Write a key's 8 bytes to an address."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        builder.store(args[1], builder.inttoptr(args[0], ir.IntType(64).as_pointer())).align = 1
+        return context.get_dummy_value()
+
+    return types.void(types.uint64, types.uint64), codegen
+
+
+def _clear(typingctx: Any, address: Any, size: Any) -> Any:
+    """Set `size` bytes at an address to zero."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        fill: Any = cgutils.memset  # type: ignore[assignment,unused-ignore]
+        fill(builder, builder.inttoptr(args[0], ir.IntType(8).as_pointer()), args[1], 0)
+        return context.get_dummy_value()
+
+    return types.void(types.uint64, types.uint64), codegen
+
+
+# Kernels that move bytes work on addresses (uint64: array.ctypes.data, plus an offset), so that rows of a mapped file
+# and rows in memory are the same to them. Whoever passes the arrays in keeps them alive and has checked what points
+# where.
 prefetch: Any = intrinsic(_prefetch)
+load: Any = intrinsic(prefer_literal=True)(_load)
+store_key: Any = intrinsic(_store_key)
+clear: Any = intrinsic(_clear)
 
 
 @inlined

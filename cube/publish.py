@@ -27,25 +27,34 @@ def publishing(place: Path, replace: bool = False) -> Iterator[Path]:
     each other's drafts; one of them wins. Who has files of a replaced directory open keeps them.
     """
     if place.exists() and not replace:
-        raise _exists(place)
+        raise exists_already(place)
     place.parent.mkdir(parents=True, exist_ok=True)
     draft = Path(tempfile.mkdtemp(prefix=f".{place.name}.", suffix=".draft", dir=place.parent))
     try:
         draft.chmod(0o755)
         yield draft
-        for path in (draft, *draft.rglob("*")):
-            _force(path)
-        if replace and place.exists():
-            _exchange(draft, place)
-        else:
-            _move(draft, place)
-        for directory in (place.parent, place.parent.parent):
-            _force(directory)
+        publish(draft, place, replace)
     finally:
         shutil.rmtree(draft, ignore_errors=True)  # after an exchange: what was replaced
 
 
-def _exists(place: Path) -> BadData:
+def publish(draft: Path, place: Path, replace: bool = False) -> None:
+    """Make a filled directory beside `place`, or in a directory beside it, be `place`; raises BadData if that exists.
+
+    Where it replaces, the draft is afterwards what was replaced.
+    """
+    for path in (draft, *draft.rglob("*")):
+        _force(path)
+    if replace and place.exists():
+        _exchange(draft, place)
+    else:
+        _move(draft, place)
+    for directory in (place.parent, place.parent.parent):
+        _force(directory)
+
+
+def exists_already(place: Path) -> BadData:
+    """What whoever wants to publish at `place` is told."""
     return BadData(str(place), "an existing directory", "a new one: what is published never changes")
 
 
@@ -57,7 +66,7 @@ def _move(draft: Path, place: Path) -> None:
         if not failed:
             draft.rename(place)
     if failed == errno.EEXIST:
-        raise _exists(place)
+        raise exists_already(place)
     if failed:
         raise OSError(failed, os.strerror(failed), str(place))
 

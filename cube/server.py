@@ -11,9 +11,11 @@ from cube.pb.cube_config_pb2 import CubeConfig
 from cube.rpc.process import Process, run
 from cube.service import DEFAULT_MAX_KEYS, CubeService
 from cube.storage import index
-from cube.table import Table, open_tables
+from cube.table import Table, Verification, open_tables
 
 log = logging.getLogger(__name__)
+
+VERIFY = ("background", "first", "off")
 
 
 def checked(config: CubeConfig, shard: int) -> CubeConfig:
@@ -28,6 +30,9 @@ def checked(config: CubeConfig, shard: int) -> CubeConfig:
         raise BadConfig(f"shard {shard}", "no address", "an address in the configuration, or --listen host:port")
     settled.keep_versions = config.keep_versions or 2
     settled.max_keys = config.max_keys or DEFAULT_MAX_KEYS
+    settled.verify = config.verify or "background"
+    if settled.verify not in VERIFY:
+        raise BadConfig("verify", repr(settled.verify), " or ".join(VERIFY))
     return settled
 
 
@@ -37,30 +42,40 @@ def serve(config: CubeConfig, shard: int, tables: dict[str, Table]) -> None:
     async def main(process: Process) -> None:
         kernels.warm(index.KERNELS, lambda: _touch(tables), log.info)
         service = CubeService(tables, shard, len(config.shard), config.max_keys)
-        await process.serve(service.handlers(), config.listen, lambda bound: _announcement(bound, service))
+        verification = Verification(store for table in tables.values() for store in table.stores)
+        if config.verify == "background":
+            verification.start()
+        try:
+            await process.serve(service.handlers(), config.listen, lambda bound: _announcement(bound, service))
+        finally:
+            verification.stop()
 
     run(main)
 
 
 def _announcement(bound: str, service: CubeService) -> str:
     tables = ", ".join(
-        f"{t.name} {v} ({t.segment(v).header.keys:,} rows × {t.segment(v).header.dim} f32)"
+        f"{s.about.table} {s.about.version} ({len(s):,} rows × {s.about.dim} {s.about.row_format.text})"
         for t in service.tables.values()
-        for v in t.versions
+        for s in t.stores
     )
     return f"cube-server: shard {service.shard} of {service.shards} listening on {bound}, serves {tables}"
 
 
 def _touch(tables: dict[str, Table]) -> None:
-    """One lookup per segment, straight at the segment so that nothing is counted. Keys are read-only as on the wire."""
+    """One lookup per store, straight at it so that nothing is counted. Keys are read-only as on the wire."""
     for table in tables.values():
-        for version in table.versions:
-            segment = table.segment(version)
-            segment.lookup(
-                np.frombuffer(bytes(8), np.uint64), np.empty((1, segment.header.dim), np.float32), np.empty(1, np.bool_)
-            )
+        for store in table.stores:
+            row = np.empty((1, store.about.dim), np.float32)
+            store.lookup(np.frombuffer(bytes(8), np.uint64), row, np.empty(1, np.bool_))
 
 
 def open_shard(config: CubeConfig, shard: int) -> dict[str, Table]:
-    """The tables that `config` names, for one shard."""
-    return open_tables(Path(config.data), shard, len(config.shard), config.keep_versions)
+    """The tables that `config` names, for one shard; raises DataCorrupt if they are to be verified first and fail."""
+    tables = open_tables(Path(config.data), shard, len(config.shard), config.keep_versions)
+    if config.verify == "first":
+        for table in tables.values():
+            for store in table.stores:
+                if store.capabilities.verify:
+                    store.verify()
+    return tables

@@ -7,6 +7,7 @@ import numpy as np
 from cube.errors import NotServed
 from cube.pb import cube_pb2 as pb
 from cube.rpc.calls import Call, Handler, parse
+from cube.storage.store import Store
 from cube.table import Table, check_keys
 from cube.version import Version
 
@@ -40,12 +41,13 @@ class CubeService:
                 raise NotServed(f"table {asked.table!r}", sorted(self.tables))
             version = Version(asked.version.base, asked.version.delta) if asked.HasField("version") else table.newest
             keys = check_keys(f"table {asked.table!r} keys", asked.keys, self._max_keys)
-            dim = table.segment(version).header.dim
+            store = table.store(version)
+            dim = store.about.dim
             rows, found = np.empty((keys.size, dim), np.float32), np.empty(keys.size, np.bool_)
-            if keys.size <= KEYS_ON_LOOP:
-                absent = table.segment(version).lookup(keys, rows, found)
+            if is_short(store, keys.size):
+                absent = store.lookup(keys, rows, found)
             else:
-                absent = await asyncio.to_thread(table.segment(version).lookup, keys, rows, found)
+                absent = await asyncio.to_thread(store.lookup, keys, rows, found)
             table.count(keys.size, absent)
             reply.tables.add(
                 version=pb.Version(base=version.base, delta=version.delta),
@@ -63,12 +65,20 @@ class CubeService:
         reply = pb.StatusReply(shard=self.shard, shards=self.shards, lookups=self._lookups)
         for table in self.tables.values():
             status = reply.tables.add(table=table.name, keys_found=table.keys_found, keys_absent=table.keys_absent)
-            for version in table.versions:
-                header = table.segment(version).header
+            for store in table.stores:
+                about = store.about
                 status.versions.add(
-                    version=pb.Version(base=version.base, delta=version.delta),
-                    dim=header.dim,
-                    keys=header.keys,
-                    file_bytes=header.file_bytes,
+                    version=pb.Version(base=about.version.base, delta=about.version.delta),
+                    dim=about.dim,
+                    keys=len(store),
+                    file_bytes=store.file_bytes,
+                    row_format=about.row_format.text,
+                    engine=type(store).__name__,
+                    verified=store.checked,
                 )
         return reply.SerializeToString()
+
+
+def is_short(store: Store, keys: int) -> bool:
+    """Whether a lookup of so many keys takes no longer than handing it to a thread, and may run on the event loop."""
+    return store.capabilities.fused and keys <= KEYS_ON_LOOP

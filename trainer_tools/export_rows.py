@@ -1,13 +1,26 @@
 """Embedding parameters → rows for cube-build."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from cube.build import Rows
 from cube.errors import BadData
+from cube.sources import KEYS_FILE, ROWS_FILE
+
+
+class Rows(NamedTuple):
+    """The rows of a table as cube-build takes them. keys: uint64[n]; rows: float32[n, dim]."""
+
+    keys: NDArray[np.uint64]
+    rows: NDArray[np.float32]
+
+    def write(self, directory: Path) -> None:
+        """Write an npy pair."""
+        directory.mkdir(parents=True, exist_ok=True)
+        np.save(directory / KEYS_FILE, np.ascontiguousarray(self.keys, "<u8"))
+        np.save(directory / ROWS_FILE, np.ascontiguousarray(self.rows, "<f4"))
 
 
 def read_vocabulary(path: Path) -> NDArray[np.uint64]:

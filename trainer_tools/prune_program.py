@@ -27,6 +27,7 @@ from cube.client import LocalCube
 from cube.errors import BadData, DataCorrupt, ServingError
 from cube.keys import SIGN_RULE
 from cube.publish import publishing
+from cube.sources import open_source
 from cube.version import Version
 from trainer_tools import criteo, manifest
 from trainer_tools.export_rows import read_vocabulary, rows_of
@@ -113,8 +114,9 @@ def prune(
         for table, cut in {cut.trained.table: cut for cut in cuts}.items():
             weight = torch_export.weight(program, cut.bag.weight)
             rows = rows_of(table, weight, cut.vocabulary)
-            build.write_rows(draft / ROWS_DIRECTORY / table, rows)
-            build.build(rows, draft / CUBE_DIRECTORY, table, version, shards=1)
+            rows.write(draft / ROWS_DIRECTORY / table)
+            source_of_rows = open_source([str(draft / ROWS_DIRECTORY / table)])
+            build.build(source_of_rows, draft / CUBE_DIRECTORY, table, version)
             tables[table] = manifest.Table(
                 version=str(version), dim=weight.shape[1], rows=cut.vocabulary.size, absent="zeros"
             )

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\ncube.proto\x12\x11\x63ube_serving.cube\"&\n\x07Version\x12\x0c\n\x04\x62\x61se\x18\x01 \x01(\x04\x12\r\n\x05\x64\x65lta\x18\x02 \x01(\x04\"=\n\rLookupRequest\x12,\n\x06tables\x18\x01 \x03(\x0b\x32\x1c.cube_serving.cube.TableKeys\"U\n\tTableKeys\x12\r\n\x05table\x18\x01 \x01(\t\x12+\n\x07version\x18\x02 \x01(\x0b\x32\x1a.cube_serving.cube.Version\x12\x0c\n\x04keys\x18\x03 \x01(\x0c\";\n\x0bLookupReply\x12,\n\x06tables\x18\x01 \x03(\x0b\x32\x1c.cube_serving.cube.TableRows\"r\n\tTableRows\x12+\n\x07version\x18\x01 \x01(\x0b\x32\x1a.cube_serving.cube.Version\x12\x0b\n\x03\x64im\x18\x02 \x01(\r\x12\x0c\n\x04rows\x18\x03 \x01(\x0c\x12\r\n\x05\x66ound\x18\x04 \x01(\x0c\x12\x0e\n\x06\x61\x62sent\x18\x05 \x01(\x04\"\x0f\n\rStatusRequest\"m\n\x0bStatusReply\x12\r\n\x05shard\x18\x01 \x01(\r\x12\x0e\n\x06shards\x18\x02 \x01(\r\x12.\n\x06tables\x18\x03 \x03(\x0b\x32\x1e.cube_serving.cube.TableStatus\x12\x0f\n\x07lookups\x18\x04 \x01(\x04\"x\n\x0bTableStatus\x12\r\n\x05table\x18\x01 \x01(\t\x12\x31\n\x08versions\x18\x02 \x03(\x0b\x32\x1f.cube_serving.cube.TableVersion\x12\x12\n\nkeys_found\x18\x03 \x01(\x04\x12\x13\n\x0bkeys_absent\x18\x04 \x01(\x04\"j\n\x0cTableVersion\x12+\n\x07version\x18\x01 \x01(\x0b\x32\x1a.cube_serving.cube.Version\x12\x0b\n\x03\x64im\x18\x02 \x01(\r\x12\x0c\n\x04keys\x18\x03 \x01(\x04\x12\x12\n\nfile_bytes\x18\x04 \x01(\x04\x32\x9e\x01\n\x04\x43ube\x12J\n\x06Lookup\x12 .cube_serving.cube.LookupRequest\x1a\x1e.cube_serving.cube.LookupReply\x12J\n\x06Status\x12 .cube_serving.cube.StatusRequest\x1a\x1e.cube_serving.cube.StatusReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\ncube.proto\x12\x11\x63ube_serving.cube\"&\n\x07Version\x12\x0c\n\x04\x62\x61se\x18\x01 \x01(\x04\x12\r\n\x05\x64\x65lta\x18\x02 \x01(\x04\"=\n\rLookupRequest\x12,\n\x06tables\x18\x01 \x03(\x0b\x32\x1c.cube_serving.cube.TableKeys\"U\n\tTableKeys\x12\r\n\x05table\x18\x01 \x01(\t\x12+\n\x07version\x18\x02 \x01(\x0b\x32\x1a.cube_serving.cube.Version\x12\x0c\n\x04keys\x18\x03 \x01(\x0c\";\n\x0bLookupReply\x12,\n\x06tables\x18\x01 \x03(\x0b\x32\x1c.cube_serving.cube.TableRows\"r\n\tTableRows\x12+\n\x07version\x18\x01 \x01(\x0b\x32\x1a.cube_serving.cube.Version\x12\x0b\n\x03\x64im\x18\x02 \x01(\r\x12\x0c\n\x04rows\x18\x03 \x01(\x0c\x12\r\n\x05\x66ound\x18\x04 \x01(\x0c\x12\x0e\n\x06\x61\x62sent\x18\x05 \x01(\x04\"\x0f\n\rStatusRequest\"m\n\x0bStatusReply\x12\r\n\x05shard\x18\x01 \x01(\r\x12\x0e\n\x06shards\x18\x02 \x01(\r\x12.\n\x06tables\x18\x03 \x03(\x0b\x32\x1e.cube_serving.cube.TableStatus\x12\x0f\n\x07lookups\x18\x04 \x01(\x04\"x\n\x0bTableStatus\x12\r\n\x05table\x18\x01 \x01(\t\x12\x31\n\x08versions\x18\x02 \x03(\x0b\x32\x1f.cube_serving.cube.TableVersion\x12\x12\n\nkeys_found\x18\x03 \x01(\x04\x12\x13\n\x0bkeys_absent\x18\x04 \x01(\x04\"\xa0\x01\n\x0cTableVersion\x12+\n\x07version\x18\x01 \x01(\x0b\x32\x1a.cube_serving.cube.Version\x12\x0b\n\x03\x64im\x18\x02 \x01(\r\x12\x0c\n\x04keys\x18\x03 \x01(\x04\x12\x12\n\nfile_bytes\x18\x04 \x01(\x04\x12\x12\n\nrow_format\x18\x05 \x01(\t\x12\x0e\n\x06\x65ngine\x18\x06 \x01(\t\x12\x10\n\x08verified\x18\x07 \x01(\t2\x9e\x01\n\x04\x43ube\x12J\n\x06Lookup\x12 .cube_serving.cube.LookupRequest\x1a\x1e.cube_serving.cube.LookupReply\x12J\n\x06Status\x12 .cube_serving.cube.StatusRequest\x1a\x1e.cube_serving.cube.StatusReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -47,8 +47,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_STATUSREPLY']._serialized_end=526
   _globals['_TABLESTATUS']._serialized_start=528
   _globals['_TABLESTATUS']._serialized_end=648
-  _globals['_TABLEVERSION']._serialized_start=650
-  _globals['_TABLEVERSION']._serialized_end=756
-  _globals['_CUBE']._serialized_start=759
-  _globals['_CUBE']._serialized_end=917
+  _globals['_TABLEVERSION']._serialized_start=651
+  _globals['_TABLEVERSION']._serialized_end=811
+  _globals['_CUBE']._serialized_start=814
+  _globals['_CUBE']._serialized_end=972
 # @@protoc_insertion_point(module_scope)

@@ -1,58 +1,93 @@
 """The perfect-hash index of a segment: which place holds a key. Formulas and their source: FORMAT.md, "Index".
 
-The pilots are 0.44 byte a key and stay in cache, so a lookup costs about the one memory access that fetches key and
-row.
+Pilots are 0.44 byte a key and stay in cache, so a lookup costs about the one memory access that fetches key and row.
+Keys are split into partitions by hash, each with pilots and places of its own: one partition is built in memory (its
+bitmap of taken places fits a core's cache), so any number of keys is built in bounded memory, on several cores.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from cube.kernels import U, inlined, kernel, mix, prefetch, scaled
+from cube.kernels import U, clear, inlined, kernel, load, mix, prefetch, store_key
+from cube.rows import RAW, RowFormat, divide, flat, put_row
 
 KEYS_PER_BUCKET = 4.5
-LOAD = 0.97  # places are keys / LOAD: fuller tables need far longer searches for a pilot
-_SEEDS = tuple(0x9E3779B97F4A7C15 * n % (1 << 64) for n in range(1, 9))
-_DENSE_HASHES = U(int(0.6 * 2**32))
-_BLOCK = 32  # keys in flight: prefetched together before any of them is read
+LOAD = 0.97  # places are keys / LOAD: fuller partitions need far longer searches for a pilot
+PARTITION_BYTES = 32  # on disk: places_start u64, pilots_start u64, places u32, buckets u32, multiplier u64
+SEED = U(0x9E3779B97F4A7C15)
+_MULTIPLIERS = tuple(0xC4CEB9FE1A85EC53 * 3**n % (1 << 64) for n in range(16))  # odd: one for each try
+_PILOT_SPREAD = U(0x9E3779B97F4A7C15)
+_DENSE_HASHES = U(2576980377)  # 0.6 * 2**32
+_LOW, _HIGH = U(0xFFFFFFFF), U(32)
+
+# A lookup is three steps per key, run at distances from each other so that every memory access was asked for long
+# before it is needed: hash and ask for the pilot; find the place and ask for its lines; compare the key and copy the
+# row.
+_RING, _TO_PLACE, _TO_ROW = 64, U(16), U(24)  # keys in flight: a power of two above the sum of the distances
+_OVERLAID = U(1 << 63)  # a mark in the ring: not an address, but a slot of the overlay
+DELETED = U(1 << 31)  # a mark in a slot of an overlay: the key was deleted
+
+# columns of a partition as the kernels see it
+_PLACES_START, _PILOTS_START, _PLACES, _DENSE, _DENSE_SCALE, _SPARSE_SCALE, _MULTIPLIER = map(U, range(7))
 
 
 @inlined
-def _bucket_of(h, dense, sparse):  # type: ignore[no-untyped-def]
-    return scaled(h, dense) if (h & U(0xFFFFFFFF)) < _DENSE_HASHES else dense + scaled(h, sparse)
+def _partition_of(h, partitions):  # type: ignore[no-untyped-def]
+    return ((h & _LOW) * partitions) >> _HIGH
 
 
 @inlined
-def _place_of(h, pilot, places):  # type: ignore[no-untyped-def]
-    return scaled(mix(h ^ (U(pilot) * U(0x9E3779B97F4A7C15))), places)
+def _bucket_of(h, dense, dense_scale, sparse_scale):  # type: ignore[no-untyped-def]
+    top = h >> _HIGH
+    if top < _DENSE_HASHES:
+        return (top * dense_scale) >> _HIGH
+    return dense + (((top - _DENSE_HASHES) * sparse_scale) >> _HIGH)
+
+
+@inlined
+def _place_of(h, pilot, multiplier, places):  # type: ignore[no-untyped-def]
+    return ((((h ^ (pilot * _PILOT_SPREAD)) * multiplier) >> _HIGH) * places) >> _HIGH
 
 
 @kernel
-def _find_pilots(keys, places, seed, pilots):  # type: ignore[no-untyped-def]
-    """Fill pilots so that all keys get places of their own; False if some bucket finds no pilot. Keys are distinct."""
-    buckets = pilots.size
-    dense = U(buckets * 3 // 10)
-    sparse = U(buckets) - dense
-    starts, bucket = np.zeros(buckets + 1, np.int64), np.empty(keys.size, np.int64)
+def _partitions(keys, partitions, out):  # type: ignore[no-untyped-def]
     for i in range(keys.size):
-        bucket[i] = np.int64(_bucket_of(mix(keys[i] ^ seed), dense, sparse))
+        out[i] = _partition_of(mix(keys[i] ^ SEED), partitions)
+
+
+@kernel
+def _find_pilots(keys, places, dense, dense_scale, sparse_scale, multiplier, pilots):  # type: ignore[no-untyped-def]
+    """Fill pilots so that all keys get places of their own; False if some bucket finds no pilot. Keys are distinct."""
+    n, buckets = keys.size, pilots.size
+    starts, bucket = np.zeros(buckets + 1, np.int64), np.empty(n, np.int32)
+    for i in range(n):
+        bucket[i] = np.int32(_bucket_of(mix(keys[i] ^ SEED), dense, dense_scale, sparse_scale))
         starts[bucket[i] + 1] += 1
     largest = starts.max()
+    by_size = np.zeros(
+        largest + 2, np.int64
+    )  # counting sort, largest first, while there is room; stable: files reproduce
+    for b in range(buckets):
+        by_size[largest - starts[b + 1] + 1] += 1
+    by_size = np.cumsum(by_size)
+    order = np.empty(buckets, np.int32)
+    for b in range(buckets):
+        order[by_size[largest - starts[b + 1]]] = b
+        by_size[largest - starts[b + 1]] += 1
     starts = np.cumsum(starts)
-    fill, members = starts.copy(), np.empty(keys.size, np.uint64)
-    for i in range(keys.size):
-        members[fill[bucket[i]]] = mix(keys[i] ^ seed)
+    fill, members = starts.copy(), np.empty(n, np.uint64)
+    for i in range(n):
+        members[fill[bucket[i]]] = mix(keys[i] ^ SEED)
         fill[bucket[i]] += 1
     taken, tried = np.zeros((places + 63) // 64, np.uint64), np.empty(largest + 1, np.uint64)
-    for b in np.argsort(
-        starts[:-1] - starts[1:], kind="mergesort"
-    ):  # largest first, while there is room; stable: files reproduce
+    for b in order:
         first, size, fits = starts[b], starts[b + 1] - starts[b], False
         for pilot in range(65536):
             fits = True
             for j in range(size):
-                x = _place_of(members[first + j], pilot, U(places))
+                x = _place_of(members[first + j], U(pilot), multiplier, U(places))
                 if (taken[x >> U(6)] >> (x & U(63))) & U(1):
                     fits = False
                 for k in range(j):
@@ -71,81 +106,288 @@ def _find_pilots(keys, places, seed, pilots):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def _store(keys, rows, seed, pilots, table):  # type: ignore[no-untyped-def]
-    """table: uint32[places, 2 + words]: key low, key high, row. Free places get a key that lives elsewhere."""
-    dense, places = U(pilots.size * 3 // 10), U(table.shape[0])
-    sparse = U(pilots.size) - dense
-    for x in range(table.shape[0]):
-        table[x, 0], table[x, 1] = keys[0] & U(0xFFFFFFFF), keys[0] >> U(32)
-    for i in range(keys.size):
-        h = mix(keys[i] ^ seed)
-        x = _place_of(h, pilots[np.int64(_bucket_of(h, dense, sparse))], places)
-        table[x, 0], table[x, 1] = keys[i] & U(0xFFFFFFFF), keys[i] >> U(32)
-        for j in range(rows.shape[1]):
-            table[x, 2 + j] = rows[i, j]
+def _find_strangers(multiplier, strangers):  # type: ignore[no-untyped-def]
+    """For each of two places under pilot 0 the least key that is sent to the other one."""
+    for place in range(2):
+        key = U(0)
+        while _place_of(mix(key ^ SEED), U(0), multiplier, U(2)) == U(place):  # ends: half of all keys are
+            key += U(1)
+        strangers[place] = key
 
 
 @kernel
-def _lookup(keys, table, pilots, seed, out, found):  # type: ignore[no-untyped-def]
-    """out: uint32[n, words], found: bool[n]; absent keys get zero rows. Returns how many are absent."""
-    places, stride, words = U(table.shape[0]), table.shape[1], table.shape[1] - 2
-    dense = U(pilots.size * 3 // 10)
-    sparse = U(pilots.size) - dense
-    flat, absent = table.reshape(-1), 0
-    h, bucket, at = np.empty(_BLOCK, np.uint64), np.empty(_BLOCK, np.int64), np.empty(_BLOCK, np.int64)
-    for start in range(0, keys.size, _BLOCK):
-        n = min(_BLOCK, keys.size - start)
-        for i in range(n):
-            h[i] = mix(keys[start + i] ^ seed)
-            bucket[i] = np.int64(_bucket_of(h[i], dense, sparse))
-            prefetch(pilots, bucket[i])
-        for i in range(n):
-            at[i] = np.int64(_place_of(h[i], pilots[bucket[i]], places)) * stride
-            prefetch(flat, at[i])
-            prefetch(flat, at[i] + stride - 1)
-        for i in range(n):
-            here = (U(flat[at[i]]) | (U(flat[at[i] + 1]) << U(32))) == keys[start + i]
-            found[start + i] = here
-            if here:
-                for j in range(words):
-                    out[start + i, j] = flat[at[i] + 2 + j]
+def _fill(keys, rows, stride, facts, pilots, block):  # type: ignore[no-untyped-def]
+    """Lay keys and rows out in places; free ones get the first key, which lives elsewhere."""
+    to, source, row_bytes = U(block.ctypes.data), U(rows.ctypes.data), U(rows.size // keys.size)
+    for x in range(U(block.size) // stride):
+        store_key(to + U(x) * stride, keys[0])
+    for i in range(keys.size):
+        h = mix(keys[i] ^ SEED)
+        bucket = _bucket_of(h, facts[_DENSE], facts[_DENSE_SCALE], facts[_SPARSE_SCALE])
+        place = to + _place_of(h, U(pilots[bucket]), facts[_MULTIPLIER], facts[_PLACES]) * stride
+        store_key(place, keys[i])
+        put_row(RAW, False, place + U(8), source + U(i) * row_bytes, row_bytes)
+
+
+@inlined
+def _base_place(h, places_at, stride, partitions, pilots_at):  # type: ignore[no-untyped-def]
+    """The address of the one place where a key with hash h can be."""
+    p = _partition_of(h, U(partitions.shape[0]))
+    x = partitions[p, _PILOTS_START] + _bucket_of(
+        h, partitions[p, _DENSE], partitions[p, _DENSE_SCALE], partitions[p, _SPARSE_SCALE]
+    )
+    pilot = load(2, pilots_at + U(2) * x)
+    place = _place_of(h, pilot, partitions[p, _MULTIPLIER], partitions[p, _PLACES])
+    return places_at + (partitions[p, _PLACES_START] + place) * stride
+
+
+@inlined
+def tag_of(h):  # type: ignore[no-untyped-def]
+    """What a slot of an overlay remembers of a hash, in one byte; 0 is for free slots."""
+    return max(h >> U(56), U(1))
+
+
+@kernel
+def _lookup(  # type: ignore[no-untyped-def]
+    keys, data, places_offset, stride, partitions, pilots_offset, default_at, tags, slots, arena, kind, add, size,
+    offsets, out, out_stride, found,
+):  # fmt: skip
+    """Put the row of keys[i] to out + i * out_stride; or, if add, add it to its bag's. Returns how many are absent.
+
+    tags, slots, arena: an overlay, see overlay.py, or empty. default_at: offset in data of what absent keys read, or 0.
+    """
+    n, absent = U(keys.size), U(0)
+    start, to = U(data.ctypes.data), U(out.ctypes.data)
+    places_at, pilots_at = start + places_offset, start + pilots_offset
+    tags_at, slots_at, arena_at = U(tags.ctypes.data), U(slots.ctypes.data), U(arena.ctypes.data)
+    overlaid, slot_mask = tags.size > 0, U(tags.size - 1)
+    distance, bag = _TO_PLACE + _TO_ROW, 0
+    ring, pilot_at = np.empty(_RING, np.uint64), np.empty(_RING, np.uint64)
+    t = U(0)
+    while t < n + distance:
+        if t < n:
+            s = t & U(_RING - 1)
+            h = mix(keys[t] ^ SEED)
+            p = _partition_of(h, U(partitions.shape[0]))
+            pilot_at[s] = pilots_at + U(2) * (
+                partitions[p, _PILOTS_START]
+                + _bucket_of(h, partitions[p, _DENSE], partitions[p, _DENSE_SCALE], partitions[p, _SPARSE_SCALE])
+            )
+            ring[s] = h
+            prefetch(pilot_at[s])
+            if overlaid:
+                prefetch(tags_at + (h & slot_mask))
+        i = t - _TO_PLACE  # wraps around below zero, and is then not below n
+        if i < n:
+            s = i & U(_RING - 1)
+            h, candidate = ring[s], False
+            if overlaid:
+                slot, tag = h & slot_mask, tag_of(h)
+                seen = load(1, tags_at + slot)
+                while seen != U(0) and seen != tag:  # ends: an overlay always has free slots
+                    slot = (slot + U(1)) & slot_mask
+                    seen = load(1, tags_at + slot)
+                if seen == tag:
+                    candidate = True
+                    ring[s] = slot | _OVERLAID
+                    prefetch(slots_at + U(4) * slot)
+            if not candidate:
+                p = _partition_of(h, U(partitions.shape[0]))
+                place = _place_of(h, load(2, pilot_at[s]), partitions[p, _MULTIPLIER], partitions[p, _PLACES])
+                at = places_at + (partitions[p, _PLACES_START] + place) * stride
+                ring[s] = at
+                line = U(0)
+                while line < stride:
+                    prefetch(at + line)
+                    line += U(64)
+                prefetch(at + stride - U(1))
+        if overlaid:
+            i = t - _TO_PLACE - _TO_ROW // U(2)
+            if i < n and ring[i & U(_RING - 1)] >= _OVERLAID:
+                index = load(4, slots_at + U(4) * (ring[i & U(_RING - 1)] ^ _OVERLAID)) & (DELETED - U(1))
+                prefetch(arena_at + index * stride)
+                prefetch(arena_at + index * stride + stride - U(1))
+        i = t - distance
+        if i < n:
+            at, deleted = ring[i & U(_RING - 1)], False
+            if at >= _OVERLAID:  # a tag agrees: nearly always the key does, too
+                slot, at, h = at ^ _OVERLAID, U(0), mix(keys[i] ^ SEED)
+                while at == U(0):  # ends: an overlay always has free slots
+                    seen = load(1, tags_at + slot)
+                    if seen == U(0):
+                        at = _base_place(h, places_at, stride, partitions, pilots_at)
+                    elif seen == tag_of(h):
+                        entry = load(4, slots_at + U(4) * slot)
+                        here = arena_at + (entry & (DELETED - U(1))) * stride
+                        if load(8, here) == keys[i]:
+                            at, deleted = here, entry >= DELETED
+                    slot = (slot + U(1)) & slot_mask
+            if add:
+                while i >= U(offsets[bag + 1]):  # ends: the last offset is n
+                    bag += 1
+                row_to = to + U(bag) * out_stride
             else:
-                absent += 1
-                for j in range(words):
-                    out[start + i, j] = U(0)
+                row_to = to + i * out_stride
+            here = not deleted and load(8, at) == keys[i]
+            found[i] = here
+            if here:
+                put_row(kind, add, row_to, at + U(8), size)
+            else:
+                absent += U(1)
+                if default_at != U(0):
+                    put_row(kind, add, row_to, start + default_at, size)
+                elif not add:
+                    clear(row_to, out_stride)
+        t += U(1)
     return absent
+
+
+@kernel
+def _homes(keys, data, places_offset, stride, partitions, pilots_offset, out):  # type: ignore[no-untyped-def]
+    places_at, pilots_at = U(data.ctypes.data) + places_offset, U(data.ctypes.data) + pilots_offset
+    for i in range(keys.size):
+        out[i] = (_base_place(mix(keys[i] ^ SEED), places_at, stride, partitions, pilots_at) - places_at) // stride
+
+
+@kernel
+def _means(offsets, sums):  # type: ignore[no-untyped-def]
+    divide(offsets, sums)
 
 
 KERNELS: list[Any] = [_lookup]
 
 
-def build(keys: NDArray[np.uint64], rows: NDArray[np.uint32]) -> tuple[int, NDArray[np.uint16], NDArray[np.uint32]]:
-    """Seed, pilots and places of distinct keys.
+class Partition(NamedTuple):
+    """One partition, built. See FORMAT.md, "Index"."""
 
-    keys: uint64[n], distinct; rows: uint32[n, words], the bytes of the rows. Returns seed, pilots uint16[buckets] and
-    places uint32[places, 2 + words].
-    """
-    buckets = max(2, int(keys.size / KEYS_PER_BUCKET))
-    places = int(keys.size / LOAD) + 1
-    pilots = np.zeros(buckets, np.uint16)
-    table = np.zeros((places, 2 + rows.shape[1]), np.uint32)
-    for seed in _SEEDS:
-        if _find_pilots(keys, places, U(seed), pilots):
+    keys: int
+    places: int
+    multiplier: int
+    pilots: NDArray[np.uint16]  # uint16[buckets]
+    block: NDArray[np.uint8]  # uint8[places * stride]
+
+
+class Overlay(NamedTuple):
+    """The arrays of an overlay as the lookup reads them; see overlay.py. All empty: none."""
+
+    tags: NDArray[np.uint8]  # uint8[power of two], or empty
+    slots: NDArray[np.uint32]
+    arena: NDArray[np.uint8]
+
+
+NO_OVERLAY = Overlay(np.empty(0, np.uint8), np.empty(0, np.uint32), np.empty(0, np.uint8))
+_NO_OFFSETS = np.empty(0, np.int64)
+
+
+class Places(NamedTuple):
+    """Where a lookup finds things in the bytes of a segment. Offsets are in bytes."""
+
+    data: NDArray[np.uint8]  # uint8[file_bytes]
+    places_offset: int
+    stride: int
+    partitions: NDArray[np.uint64]  # uint64[partitions, 8], see `described`
+    pilots_offset: int
+    default_row_offset: int  # 0: absent keys read zeros
+
+
+def partitions_of(keys: NDArray[np.uint64], partitions: int) -> NDArray[np.int32]:
+    """The partition of each key (uint64[n]) of a segment with so many: int32[n]."""
+    out = np.empty(keys.size, np.int32)
+    _partitions(keys, U(partitions), out)
+    return out
+
+
+def build(keys: NDArray[np.uint64], rows: NDArray[np.uint8], stride: int) -> Partition:
+    """Lay one partition out. keys: uint64[n], distinct; rows: uint8[n, row_bytes]; stride: bytes of a place."""
+    if keys.size == 0:
+        return _empty(stride)
+    buckets, places = max(1, int(keys.size / KEYS_PER_BUCKET)), int(keys.size / LOAD) + 1
+    pilots, block = np.zeros(buckets, np.uint16), np.zeros(places * stride, np.uint8)
+    for multiplier in _MULTIPLIERS:
+        facts = described(np.array([[0, 0, places, buckets, multiplier]], np.uint64))[0]
+        if _find_pilots(keys, places, facts[3], facts[4], facts[5], facts[6], pilots):
             break
     else:
-        raise AssertionError(f"no seed gives {keys.size} distinct keys places of their own")
-    if keys.size:
-        _store(keys, rows, U(seed), pilots, table)
-    return seed, pilots, table
+        raise AssertionError(f"no multiplier gives {keys.size} distinct keys places of their own")
+    _fill(keys, flat(rows), U(stride), facts, pilots, block)
+    return Partition(keys.size, places, multiplier, pilots, block)
+
+
+def _empty(stride: int) -> Partition:
+    """No keys: two places, each with a key that would be sent to the other, so that whoever comes sees a stranger."""
+    block, strangers = np.zeros((2, stride), np.uint8), np.empty(2, np.uint64)
+    _find_strangers(U(_MULTIPLIERS[0]), strangers)
+    block[:, :8] = strangers.view(np.uint8).reshape(2, 8)
+    return Partition(0, 2, _MULTIPLIERS[0], np.zeros(1, np.uint16), block.reshape(-1))
+
+
+def described(facts: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """Partitions as the kernels read them, a cache line each.
+
+    facts: uint64[n, 5]: places_start, pilots_start, places, buckets, multiplier. Returns uint64[n, 8]: places_start,
+    pilots_start, places, dense, dense_scale, sparse_scale, multiplier, 0.
+    """
+    out = np.zeros((len(facts), 8), np.uint64)
+    buckets = facts[:, 3]
+    dense = buckets * U(3) // U(10)
+    out[:, :3], out[:, 3], out[:, 6] = facts[:, :3], dense, facts[:, 4]
+    out[:, 4], out[:, 5] = dense * U(5) // U(3), (buckets - dense) * U(5) // U(2)
+    return out
+
+
+def homes(places: Places, keys: NDArray[np.uint64]) -> NDArray[np.int64]:
+    """The number of the one place where each key (uint64[n]) can be: int64[n]."""
+    out = np.empty(keys.size, np.int64)
+    data, places_offset, stride, partitions, pilots_offset, _ = places
+    _homes(keys, data, U(places_offset), U(stride), partitions, U(pilots_offset), out)
+    return out
+
+
+def read(
+    places: Places, overlay: Overlay, row_bytes: int, keys: NDArray[np.uint64], out: NDArray[np.uint8],
+    found: NDArray[np.bool_],
+) -> int:  # fmt: skip
+    """Rows as stored: out uint8[n, row_bytes]. Returns how many keys are absent."""
+    return _run(places, overlay, RAW, False, row_bytes, _NO_OFFSETS, keys, out, row_bytes, found)
 
 
 def lookup(
-    keys: NDArray[np.uint64],
-    table: NDArray[np.uint32],
-    pilots: NDArray[np.uint16],
-    seed: int,
-    out: NDArray[np.uint32],
+    places: Places, overlay: Overlay, row_format: RowFormat, keys: NDArray[np.uint64], out: NDArray[np.float32],
     found: NDArray[np.bool_],
-) -> int:
-    """Fill out (uint32[n, words]) and found (bool[n]) for keys (uint64[n]); returns the number of absent keys."""
-    return int(_lookup(keys, table, pilots, U(seed), out, found))
+) -> int:  # fmt: skip
+    """Rows decoded: out float32[n, dim]. Returns how many keys are absent."""
+    dim = out.shape[1]
+    return _run(places, overlay, int(row_format), False, dim, _NO_OFFSETS, keys, out, 4 * dim, found)
+
+
+def pooled(
+    places: Places, overlay: Overlay, row_format: RowFormat, keys: NDArray[np.uint64], offsets: NDArray[np.int64],
+    mean: bool, out: NDArray[np.float32], found: NDArray[np.bool_],
+) -> int:  # fmt: skip
+    """Rows decoded and added up by bag: out float32[bags, dim]. Returns how many keys are absent."""
+    dim = out.shape[1]
+    out[:] = 0
+    absent = _run(places, overlay, int(row_format), True, dim, offsets, keys, out, 4 * dim, found)
+    if mean:
+        _means(offsets, out)
+    return absent
+
+
+def _run(
+    places: Places, overlay: Overlay, kind: int, add: bool, size: int, offsets: NDArray[np.int64],
+    keys: NDArray[np.uint64], out: NDArray[Any], out_stride: int, found: NDArray[np.bool_],
+) -> int:  # fmt: skip
+    data, places_offset, stride, partitions, pilots_offset, default_at = places
+    bags = offsets.size - 1 if add else keys.size
+    if (
+        keys.dtype != np.uint64
+        or found.shape != keys.shape
+        or out.nbytes != bags * out_stride
+        or not found.flags.c_contiguous
+    ):
+        raise ValueError(f"buffers of {out.nbytes} bytes and {found.size} marks for {keys.size} {keys.dtype} keys")
+    absent = _lookup(
+        keys, data, U(places_offset), U(stride), partitions, U(pilots_offset), U(default_at), *overlay, kind, add,
+        U(size), offsets, flat(out), U(out_stride), found,
+    )  # fmt: skip
+    return int(absent)

@@ -1,12 +1,13 @@
 """One immutable file of rows of one shard.
 
-Written once, mapped by its readers. The bytes are specified in FORMAT.md.
+Written once, front to back; mapped by its readers. The bytes are specified in FORMAT.md.
 """
 
 import mmap
 import os
 import struct
 import zlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,46 +18,49 @@ from cube.errors import DataCorrupt
 from cube.keys import SHARD_RULE_MIX
 from cube.rows import RowFormat
 from cube.storage import index
+from cube.storage.store import About, Capabilities, Store, Writer
 from cube.version import Version
 
-MAGIC, FORMAT_VERSION, INDEX_RULE = b"CUBESEG\n", 1, 1
+MAGIC, FORMAT_VERSION, INDEX_RULE = b"CUBESEG\n", 2, 2
 PAGE, BLOCK_BYTES = 4096, 1 << 20
-_HEADER = struct.Struct("<8sHHIQQQQIIIIQQQQQII128s")
+SUFFIX = ".seg"
+_HEADER = struct.Struct("<8sHHIQQQQIIIIQQQIIQQQQQII128s")
 _HEADER_CRC_AT = PAGE - 4
+_PARTITION = np.dtype(
+    [("places_start", "<u8"), ("pilots_start", "<u8"), ("places", "<u4"), ("buckets", "<u4"), ("multiplier", "<u8")]
+)
 TABLE_NAME_BYTES = 128
 
 
 class Header(NamedTuple):
     """What a segment says of itself. Field meanings: FORMAT.md."""
 
-    row_format: RowFormat
-    dim: int
+    about: About  # its default row is read apart: it lies in a section of its own
     keys: int
     places: int
     buckets: int
-    seed: int
-    shard: int
-    shards: int
-    version: Version
+    partitions: int
+    stride: int
+    default_row_offset: int
     pilots_offset: int
-    places_offset: int
+    partitions_offset: int
+    checksums_offset: int
     file_bytes: int
-    table: str
-
-    @property
-    def place_bytes(self) -> int:
-        return 8 + self.row_format.row_bytes(self.dim)
+    partitions_crc: int
+    checksums_crc: int
 
     @property
     def blocks(self) -> int:
-        return -(-(self.file_bytes - self.pilots_offset) // BLOCK_BYTES)
+        return -(-(self.checksums_offset - PAGE) // BLOCK_BYTES)
 
     def encode(self) -> bytes:
         """The 4096 bytes at the start of the file."""
+        about = self.about
         head = _HEADER.pack(
-            MAGIC, FORMAT_VERSION, self.row_format, self.dim, self.keys, self.places, self.buckets, self.seed,
-            self.shard, self.shards, SHARD_RULE_MIX, INDEX_RULE, *self.version, self.pilots_offset, self.places_offset,
-            self.file_bytes, self.place_bytes, BLOCK_BYTES, self.table.encode(),
+            MAGIC, FORMAT_VERSION, about.row_format, about.dim, self.keys, self.places, self.buckets, int(index.SEED),
+            about.shard, about.shards, SHARD_RULE_MIX, INDEX_RULE, *about.version, self.partitions,
+            self.stride, BLOCK_BYTES, self.default_row_offset, self.pilots_offset, self.partitions_offset,
+            self.checksums_offset, self.file_bytes, self.partitions_crc, self.checksums_crc, about.table.encode(),
         )  # fmt: skip
         head = head.ljust(_HEADER_CRC_AT, b"\0")
         return head + struct.pack("<I", zlib.crc32(head))
@@ -69,147 +73,257 @@ class Header(NamedTuple):
         if len(raw) < PAGE:
             raise DataCorrupt(where, f"{len(raw)} bytes", f"at least the {PAGE} of a header")
         (_, version, row_format, dim, keys, places, buckets, seed, shard, shards, shard_rule, index_rule, base, delta,
-         pilots_offset, places_offset, file_bytes, place_bytes, block_bytes, table,
+         partitions, stride, block_bytes, default_row_offset, pilots_offset, partitions_offset,
+         checksums_offset, file_bytes, partitions_crc, checksums_crc, table,
         ) = _HEADER.unpack_from(raw)  # fmt: skip
         if version != FORMAT_VERSION:
-            raise DataCorrupt(where, f"format version {version}", f"{FORMAT_VERSION}, which this build reads")
+            expected = f"{FORMAT_VERSION}, which this build reads; build the table again with cube-build"
+            raise DataCorrupt(where, f"format version {version}", expected)
         (crc,) = struct.unpack_from("<I", raw, _HEADER_CRC_AT)
         if crc != zlib.crc32(raw[:_HEADER_CRC_AT]):
             raise DataCorrupt(where, f"header checksum {crc:08x}", f"{zlib.crc32(raw[:_HEADER_CRC_AT]):08x}")
         if row_format not in RowFormat.__members__.values():
-            raise DataCorrupt(where, f"row format {row_format}", "one that this build reads (1)")
-        if (shard_rule, index_rule, block_bytes) != (SHARD_RULE_MIX, INDEX_RULE, BLOCK_BYTES):
-            raise DataCorrupt(
-                where,
-                f"shard rule {shard_rule}, index rule {index_rule}, blocks of {block_bytes}",
-                f"1, 1, {BLOCK_BYTES}",
-            )
+            known = ", ".join(f"{f:d}" for f in RowFormat)
+            raise DataCorrupt(where, f"row format {row_format}", f"one that this build reads ({known})")
+        rules = (shard_rule, index_rule, block_bytes, seed)
+        if rules != (SHARD_RULE_MIX, INDEX_RULE, BLOCK_BYTES, int(index.SEED)):
+            found = "shard rule {}, index rule {}, blocks of {}, seed {:x}".format(*rules)
+            raise DataCorrupt(where, found, f"{SHARD_RULE_MIX}, {INDEX_RULE}, {BLOCK_BYTES}, {int(index.SEED):x}")
+        try:
+            name = table.rstrip(b"\0").decode()
+        except UnicodeDecodeError as error:
+            raise DataCorrupt(where, f"a table name that is not UTF-8 ({error})", "UTF-8") from error
         header = cls(
-            RowFormat(row_format), dim, keys, places, buckets, seed, shard, shards, Version(base, delta),
-            pilots_offset, places_offset, file_bytes, table.rstrip(b"\0").decode(),
+            About(name, Version(base, delta), shard, shards, dim, RowFormat(row_format)), keys, places, buckets,
+            partitions, stride, default_row_offset, pilots_offset, partitions_offset, checksums_offset,
+            file_bytes, partitions_crc, checksums_crc,
         )  # fmt: skip
-        if not (dim >= 1 and keys <= places and 1 <= places < 1 << 32 and buckets >= 2 and shard < shards):
-            counts = f"dim {dim}, {keys} keys in {places} places, {buckets} buckets, shard {shard} of {shards}"
-            raise DataCorrupt(where, counts, "the ranges of FORMAT.md")  # a kernel would read outside the file
-        if header != _laid_out(header) or place_bytes != header.place_bytes:
+        if not (dim >= 1 and keys <= places and partitions >= 1 and shard < shards):
+            counts = f"dim {dim}, {keys} keys in {places} places, {partitions} partitions, shard {shard} of {shards}"
+            raise DataCorrupt(where, counts, "the ranges of FORMAT.md")
+        if header != _laid_out(header, bool(default_row_offset)):
             raise DataCorrupt(where, "a header whose offsets do not fit its counts", "the layout of FORMAT.md")
         return header
 
 
-def file_name(shard: int, shards: int) -> str:
-    """Name of a shard's segment within its version directory."""
-    return f"{shard}-of-{shards}.seg"
+def file_name(shard: int, shards: int, suffix: str = SUFFIX) -> str:
+    """Name of a shard's store within its version directory."""
+    return f"{shard}-of-{shards}{suffix}"
 
 
-def write(
-    path: Path,
-    table: str,
-    version: Version,
-    shard: int,
-    shards: int,
-    keys: NDArray[np.uint64],
-    rows: NDArray[np.float32],
-) -> Header:
-    """Write a new segment. keys: uint64[n], distinct; rows: float32[n, dim]. Not atomic: see publish."""
-    keys = np.ascontiguousarray(keys, np.uint64)
-    words = np.ascontiguousarray(rows, "<f4").view(np.uint32)
-    seed, pilots, places = index.build(keys, words)
-    header = _laid_out(
-        Header(
-            RowFormat.F32,
-            rows.shape[1],
-            keys.size,
-            len(places),
-            pilots.size,
-            seed,
-            shard,
-            shards,
-            version,
-            0,
-            0,
-            0,
-            table,
-        )
-    )
-    body = bytearray(header.places_offset - header.pilots_offset)
-    body[: pilots.nbytes] = pilots.astype("<u2").tobytes()
-    body_bytes = places.astype("<u4", copy=False).data.cast("B")
-    with path.open("xb") as file:
-        file.write(header.encode())
-        file.write(np.array(list(_crcs([body, body_bytes])), "<u4").tobytes().ljust(header.pilots_offset - PAGE, b"\0"))
-        file.write(body)
-        file.write(body_bytes)
-    return header
+def stride_of(row_bytes: int) -> int:
+    """Bytes of a place: key and row, up to the next multiple of 8."""
+    return 8 + -(-row_bytes // 8) * 8
 
 
-class Segment:
+class SegmentWriter(Writer):
+    """Writes a new segment front to back, one partition after the other. Not atomic: see publish."""
+
+    def __init__(self, path: Path, about: About, partitions: int):
+        """partitions: how many `add` will be told of, in order; keys go where `index.partitions_of` says."""
+        self.about, self._partitions = about, partitions
+        self._stride = stride_of(about.row_bytes)
+        self._facts: list[tuple[int, int, int, int, int]] = []
+        self._pilots: list[NDArray[np.uint16]] = []
+        self._keys = self._places = self._buckets = 0
+        self._crcs: list[int] = []
+        self._crc = self._filled = 0
+        self._file = path.open("xb", buffering=0)
+        self._file.seek(PAGE)  # a hole until the header is written, last: what is not finished has no magic
+
+    def prepare(self, keys: NDArray[np.uint64], rows: NDArray[np.uint8]) -> index.Partition:
+        return index.build(keys, rows, self._stride)
+
+    def add(self, prepared: index.Partition) -> None:
+        self._facts.append((self._places, self._buckets, prepared.places, prepared.pilots.size, prepared.multiplier))
+        self._keys += prepared.keys
+        self._places += prepared.places
+        self._buckets += prepared.pilots.size
+        self._pilots.append(prepared.pilots)
+        self._section(prepared.block.data)
+
+    def finish(self) -> None:
+        if len(self._facts) != self._partitions:
+            raise ValueError(f"{len(self._facts)} partitions written, {self._partitions} announced")
+        self._pad()
+        if self.about.default_row:
+            self._section(self.about.default_row)
+            self._pad()
+        for pilots in self._pilots:
+            self._section(pilots.data.cast("B"))
+        self._pad()
+        facts = np.array(self._facts, _PARTITION).tobytes()
+        self._section(facts)
+        self._pad()
+        crcs = np.array(self._crcs + [self._crc] * (self._filled > 0), "<u4").tobytes()
+        self._write_all(crcs)
+        header = _laid_out(
+            Header(
+                self.about, self._keys, self._places, self._buckets, self._partitions, self._stride,
+                0, 0, 0, 0, 0, zlib.crc32(facts), zlib.crc32(crcs),
+            ),
+            bool(self.about.default_row),
+        )  # fmt: skip
+        self._file.seek(0)
+        self._write_all(header.encode())
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _section(self, data: bytes | memoryview) -> None:
+        """Write bytes that the block checksums cover."""
+        view, at = memoryview(data), 0
+        self._write_all(view)
+        while at < len(view):
+            take = min(BLOCK_BYTES - self._filled, len(view) - at)
+            self._crc = zlib.crc32(view[at : at + take], self._crc)
+            self._filled, at = self._filled + take, at + take
+            if self._filled == BLOCK_BYTES:
+                self._crcs.append(self._crc)
+                self._crc = self._filled = 0
+
+    def _pad(self) -> None:
+        self._section(bytes(-self._file.tell() % PAGE))
+
+    def _write_all(self, data: bytes | memoryview) -> None:
+        """A raw file may take less than it is given: at 2 GiB, or before the disk is full."""
+        view = memoryview(data)
+        while view:
+            view = view[self._file.write(view) :]
+
+
+class Segment(Store):
     """A mapped segment. Set once at construction, immutable afterwards, shared freely between threads."""
+
+    capabilities = Capabilities(scan=True, verify=True, shared=True, fused=True)
 
     def __init__(self, path: Path):
         """Open and check the header; raises DataCorrupt. The rows are mapped, not read."""
         self.path = path
         try:
             with path.open("rb") as file:
-                self.header = header = Header.decode(file.read(PAGE), str(path))
+                self.header = Header.decode(file.read(PAGE), str(path))
                 size = os.fstat(file.fileno()).st_size
-                if size != header.file_bytes:
+                if size != self.header.file_bytes:
                     raise DataCorrupt(
-                        str(path), f"{size} bytes", f"{header.file_bytes}, as its header says (truncated copy?)"
+                        str(path), f"{size} bytes", f"{self.header.file_bytes}, as its header says (a truncated copy?)"
                     )
                 self._map = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
         except OSError as error:
             raise DataCorrupt(str(path), error.strerror or str(error), "a readable segment file") from error
-        words = header.place_bytes // 4
-        self._pilots = np.frombuffer(self._map, "<u2", header.buckets, header.pilots_offset)
-        self._places = np.frombuffer(self._map, "<u4", header.places * words, header.places_offset).reshape(-1, words)
+        self._map.madvise(mmap.MADV_RANDOM)  # a cold lookup reads the page it needs, not its neighbours
+        header, data = self.header, np.frombuffer(self._map, np.uint8)
+        self.about, self.file_bytes = header.about, header.file_bytes
+        if at := header.default_row_offset:
+            self.about = self.about._replace(default_row=self._map[at : at + self.about.row_bytes])
+        self._places = index.Places(
+            data, PAGE, header.stride, _partitions(header, data, str(path)), header.pilots_offset, at
+        )
+        self._corrupt: DataCorrupt | None = None  # set once, by whichever thread verifies
 
-    def lookup(self, keys: NDArray[np.uint64], out: NDArray[np.float32], found: NDArray[np.bool_]) -> int:
-        """Write the rows of keys (uint64[n]) to out (float32[n, dim], C order) and found (bool[n]).
+    def __len__(self) -> int:
+        return self.header.keys
 
-        Absent keys get zero rows. Returns how many are absent.
+    def read(
+        self, keys: NDArray[np.uint64], rows: NDArray[np.uint8], found: NDArray[np.bool_],
+        over: index.Overlay = index.NO_OVERLAY,
+    ) -> int:  # fmt: skip
+        self._check()
+        return index.read(self._places, over, self.about.row_bytes, keys, rows, found)
+
+    def lookup(
+        self, keys: NDArray[np.uint64], out: NDArray[np.float32], found: NDArray[np.bool_],
+        over: index.Overlay = index.NO_OVERLAY,
+    ) -> int:  # fmt: skip
+        self._check()
+        return index.lookup(self._places, over, self.about.row_format, keys, out, found)
+
+    def pooled(
+        self, keys: NDArray[np.uint64], offsets: NDArray[np.int64], mean: bool, out: NDArray[np.float32],
+        found: NDArray[np.bool_], over: index.Overlay = index.NO_OVERLAY,
+    ) -> int:  # fmt: skip
+        self._check()
+        return index.pooled(self._places, over, self.about.row_format, keys, offsets, mean, out, found)
+
+    def scan(self, batch: int = 65536) -> Iterator[tuple[NDArray[np.uint64], NDArray[np.uint8]]]:
+        """In order of place."""
+        self._check()
+        stride, row_bytes = self.header.stride, self.about.row_bytes
+        places = self._places.data[PAGE : PAGE + self.header.places * stride].reshape(-1, stride)
+        for start in range(0, self.header.places, batch):
+            block = places[start : start + batch]
+            keys = np.ascontiguousarray(block[:, :8]).view("<u8").reshape(-1)
+            live = index.homes(self._places, keys) == np.arange(start, start + len(block))  # others are fillers
+            yield keys[live], block[live, 8 : 8 + row_bytes]
+
+    def verify(self, progress: Callable[[int], object] = lambda bytes_read: None) -> None:
+        """Read every block and compare checksums; raises DataCorrupt naming the block, and lookups do from then on.
+
+        `progress` is told the bytes of each block, and may raise to stop.
         """
-        if self.header.keys == 0:
-            out[:], found[:] = 0, False
-            return keys.size
-        return index.lookup(keys, self._places, self._pilots, self.header.seed, out.view(np.uint32), found)
+        header, view, before = self.header, memoryview(self._map), self.checked
+        self.checked = "running"
+        try:
+            crcs = view[header.checksums_offset :]
+            if zlib.crc32(crcs) != header.checksums_crc:
+                found = f"checksum {zlib.crc32(crcs):08x}"
+                raise DataCorrupt(f"{self.path} checksums section", found, f"{header.checksums_crc:08x}")
+            want = np.frombuffer(crcs, "<u4")
+            for block, expected in enumerate(want.tolist()):
+                start = PAGE + block * BLOCK_BYTES
+                end = min(start + BLOCK_BYTES, header.checksums_offset)
+                if block % 16 == 0:  # the mapping is advised against reading ahead
+                    self._map.madvise(mmap.MADV_WILLNEED, start, min(32 * BLOCK_BYTES, header.file_bytes - start))
+                if (found_crc := zlib.crc32(view[start:end])) != expected:
+                    place = f"{self.path} block {block} (byte {start})"
+                    raise DataCorrupt(place, f"checksum {found_crc:08x}", f"{expected:08x}")
+                progress(end - start)
+            self.checked = "yes"
+        except DataCorrupt as error:
+            self._corrupt, self.checked = error, "corrupt"
+            raise
+        finally:
+            if self.checked == "running":  # progress wanted it stopped
+                self.checked = before
 
-    def verify(self) -> None:
-        """Read every block and compare checksums; raises DataCorrupt naming the block."""
-        header, view = self.header, memoryview(self._map)
-        want = np.frombuffer(self._map, "<u4", header.blocks, PAGE)
-        for block, (found, expected) in enumerate(zip(_crcs([view[header.pilots_offset :]]), want, strict=True)):
-            if found != expected:
-                start = header.pilots_offset + block * BLOCK_BYTES
-                raise DataCorrupt(
-                    f"{self.path} block {block} (byte {start})", f"checksum {found:08x}", f"{int(expected):08x}"
-                )
+    def _check(self) -> None:
+        if self._corrupt is not None:
+            raise self._corrupt
 
 
-def _laid_out(header: Header) -> Header:
-    """The same header with the offsets and the length that its counts imply."""
-    pilots_bytes = _up(2 * header.buckets)
-    places_bytes = header.places * header.place_bytes
-    blocks = -(-(pilots_bytes + places_bytes) // BLOCK_BYTES)
-    pilots_offset = PAGE + _up(4 * blocks)
-    places_offset = pilots_offset + pilots_bytes
-    return header._replace(
-        pilots_offset=pilots_offset, places_offset=places_offset, file_bytes=places_offset + places_bytes
+def _partitions(header: Header, data: NDArray[np.uint8], where: str) -> NDArray[np.uint64]:
+    """The partitions section, checked: the kernels go where it says."""
+    raw = data[header.partitions_offset : header.partitions_offset + header.partitions * _PARTITION.itemsize]
+    if zlib.crc32(raw.data) != header.partitions_crc:
+        raise DataCorrupt(f"{where} partitions", f"checksum {zlib.crc32(raw.data):08x}", f"{header.partitions_crc:08x}")
+    facts = raw.view(_PARTITION)
+    places, buckets = facts["places"].astype(np.int64), facts["buckets"].astype(np.int64)
+    starts_fit = (facts["places_start"] == np.cumsum(places) - places).all()
+    pilots_fit = (facts["pilots_start"] == np.cumsum(buckets) - buckets).all()
+    totals = (int(places.sum()), int(buckets.sum()))
+    if not (starts_fit and pilots_fit and totals == (header.places, header.buckets) and (buckets >= 1).all()):
+        raise DataCorrupt(f"{where} partitions", "sections that do not follow each other", "the layout of FORMAT.md")
+    columns = ("places_start", "pilots_start", "places", "buckets", "multiplier")
+    return index.described(np.stack([facts[name].astype(np.uint64) for name in columns], axis=1))
+
+
+def _laid_out(header: Header, has_default_row: bool) -> Header:
+    """The same header with the stride, the offsets and the length that its counts imply."""
+    stride = stride_of(header.about.row_bytes)
+    end = PAGE + _up(header.places * stride)
+    default_row_offset = end if has_default_row else 0
+    pilots_offset = end + (_up(header.about.row_bytes) if has_default_row else 0)
+    partitions_offset = pilots_offset + _up(2 * header.buckets)
+    checksums_offset = partitions_offset + _up(_PARTITION.itemsize * header.partitions)
+    laid_out = header._replace(
+        stride=stride,
+        default_row_offset=default_row_offset,
+        pilots_offset=pilots_offset,
+        partitions_offset=partitions_offset,
+        checksums_offset=checksums_offset,
     )
+    return laid_out._replace(file_bytes=checksums_offset + 4 * laid_out.blocks)
 
 
 def _up(size: int) -> int:
     return -(-size // PAGE) * PAGE
-
-
-def _crcs(parts: list[bytearray | memoryview]) -> list[int]:
-    """CRC-32 of each block of the parts laid end to end."""
-    crcs, crc, filled = [], 0, 0
-    for part in [memoryview(whole) for whole in parts]:
-        at = 0
-        while at < len(part):
-            take = min(BLOCK_BYTES - filled, len(part) - at)
-            crc, filled, at = zlib.crc32(part[at : at + take], crc), filled + take, at + take
-            if filled == BLOCK_BYTES:
-                crcs.append(crc)
-                crc, filled = 0, 0
-    return [*crcs, crc] if filled else crcs

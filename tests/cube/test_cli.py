@@ -9,15 +9,15 @@ import time
 import numpy as np
 import pytest
 from places import BIN
+from stores import built
 
-from cube import build
 from cube.version import Version
+from trainer_tools import export_rows
 
 
 @pytest.fixture
 def data(tmp_path):
-    rows = build.Rows(np.arange(100, dtype=np.uint64), np.ones((100, 2), np.float32))
-    build.build(rows, tmp_path / "cube-data", "t", Version(1), 2)
+    built(tmp_path / "cube-data", "t", Version(1), np.arange(100), np.ones((100, 2)), shards=2)
     return tmp_path / "cube-data"
 
 
@@ -63,7 +63,7 @@ def test_a_server_that_cannot_start_says_why_on_one_line_and_exits_1(command, da
     [
         (lambda seg: seg.write_bytes(seg.read_bytes()[:-1]), "truncated copy?"),
         (lambda seg: seg.write_bytes(b"x" * 9000), "expected a cube segment"),
-        (lambda seg: seg.write_bytes(seg.with_name("1-of-2.seg").read_bytes()), "the segment of shard 1 of 2"),
+        (lambda seg: seg.write_bytes(seg.with_name("1-of-2.seg").read_bytes()), "the rows of shard 1 of 2"),
         (lambda seg: seg.unlink(), "found 1-of-2.seg, expected 0-of-2.seg"),
     ],
 )
@@ -87,7 +87,7 @@ def test_names_that_are_no_versions_are_passed_over(command, data):
 
 
 def test_a_version_built_for_another_number_of_shards_is_passed_over(data, command):
-    build.build(build.Rows(np.arange(9, dtype=np.uint64), np.ones((9, 2), np.float32)), data, "t", Version(2), 3)
+    built(data, "t", Version(2), np.arange(9), np.ones((9, 2)), shards=3)
     done = command("cube-server", "--shard", 2, "--shards", 3, "--data", data, "--listen", "h:1", "--check")
     assert done.returncode == 0, done.stderr
     done = command("cube-server", "--shard", 1, "--shards", 2, "--data", data, "--listen", "h:1", "--check")
@@ -101,7 +101,7 @@ def test_a_number_that_is_none_is_misuse(command, value):
 
 def test_the_newest_versions_are_kept_open(data, server, command):
     for base in (2, 3):
-        build.build(build.Rows(np.arange(9, dtype=np.uint64), np.ones((9, 2), np.float32)), data, "t", Version(base), 2)
+        built(data, "t", Version(base), np.arange(9), np.ones((9, 2)), shards=2)
     address = server("cube-server", "--shard", 0, "--shards", 2, "--data", data, "--keep-versions", 2)
     shown = json.loads(command("cube-ctl", "--json", "status", "--cube", address).stdout)
     assert [row["version"] for row in shown] == ["3@0", "2@0"]
@@ -130,7 +130,7 @@ def test_ctl_verifies_files(data, command):
     assert command("cube-ctl", "verify", data).returncode == 0
     path = data / "t" / "1@0" / "1-of-2.seg"
     raw = bytearray(path.read_bytes())
-    raw[-1] ^= 1
+    raw[5000] ^= 1
     path.write_bytes(raw)
     done = command("cube-ctl", "verify", data)
     assert done.returncode == 1
@@ -139,7 +139,7 @@ def test_ctl_verifies_files(data, command):
 
 
 def test_build_says_what_it_wrote_and_refuses_to_write_it_again(tmp_path, command):
-    build.write_rows(tmp_path / "rows", build.Rows(np.array([1, 2, 1], np.uint64), np.ones((3, 2), np.float32)))
+    export_rows.Rows(np.array([1, 2, 1], np.uint64), np.ones((3, 2), np.float32)).write(tmp_path / "rows")
     args = (tmp_path / "rows", "--table", "t", "--version", "5@0", "--shards", 2, "--out", tmp_path / "out")
     done = command("cube-build", *args)
     assert done.returncode == 0, done.stderr
@@ -148,6 +148,72 @@ def test_build_says_what_it_wrote_and_refuses_to_write_it_again(tmp_path, comman
     assert again.returncode == 1
     assert "5@0: found an existing directory" in again.stderr
     assert "--version: found 'x', expected base@delta" in command("cube-build", *args[:4], "x").stderr
+
+
+def test_checksums_are_compared_in_the_background_and_what_is_corrupt_is_refused(data, server, command):
+    raw = bytearray((data / "t" / "1@0" / "0-of-2.seg").read_bytes())
+    raw[5000] ^= 1
+    (data / "t" / "1@0" / "0-of-2.seg").write_bytes(raw)
+    addresses = [server("cube-server", "--shard", n, "--shards", 2, "--data", data) for n in (0, 1)]
+    deadline = time.monotonic() + 10
+    while (state := verified(command, addresses)) != ["corrupt", "yes"]:
+        assert set(state) <= {"no", "running", "yes", "corrupt"}
+        assert time.monotonic() < deadline, state
+    done = command("cube-ctl", "lookup", "--cube", ",".join(addresses), "t", *range(100))
+    assert done.returncode == 1
+    assert "0-of-2.seg block 0 (byte 4096): found checksum" in done.stderr
+
+
+def verified(command, addresses):
+    shown = json.loads(command("cube-ctl", "--json", "status", "--cube", ",".join(addresses)).stdout)
+    return [row["verified"] for row in shown]
+
+
+def test_a_server_that_verifies_first_does_not_open_its_port_over_corrupt_rows(data, command, server):
+    raw = bytearray((data / "t" / "1@0" / "0-of-2.seg").read_bytes())
+    raw[5000] ^= 1
+    (data / "t" / "1@0" / "0-of-2.seg").write_bytes(raw)
+    args = ("--shards", 2, "--data", data, "--listen", "127.0.0.1:0")
+    done = command("cube-server", "--shard", 0, *args, "--verify", "first")
+    assert done.returncode == 1
+    assert "0-of-2.seg block 0" in done.stderr
+    address = server("cube-server", "--shard", 1, *args[:4], "--verify", "first")
+    assert json.loads(command("cube-ctl", "--json", "status", "--cube", address).stdout)[0]["verified"] == "yes"
+    address = server("cube-server", "--shard", 1, *args[:4], "--verify", "off")
+    assert json.loads(command("cube-ctl", "--json", "status", "--cube", address).stdout)[0]["verified"] == "no"
+
+
+@pytest.mark.parametrize("engine", ["segment", "rocksdb", "lmdb"])
+@pytest.mark.parametrize("row_format", ["f32", "f16", "bf16", "i8"])
+def test_every_engine_and_row_format_is_built_and_served(tmp_path, command, server, engine, row_format):
+    keys, rows = np.arange(300, dtype=np.uint64), np.arange(600, dtype=np.float32).reshape(300, 2)
+    export_rows.Rows(keys, rows).write(tmp_path / "rows")
+    options = ("--engine", engine, "--format", row_format, "--default-row", "7", "--out", tmp_path / "cube")
+    done = command("cube-build", tmp_path / "rows", "--table", "t", "--version", "1", *options)
+    assert done.returncode == 0, done.stderr
+    address = server("cube-server", "--shard", 0, "--shards", 1, "--data", tmp_path / "cube")
+    shown = json.loads(command("cube-ctl", "--json", "lookup", "--cube", address, "t", 5, 299, 300).stdout)
+    assert [row["found"] for row in shown] == [True, True, False]
+    assert [row["row"] for row in shown] == [[10, 11], [598, 599] if row_format != "bf16" else [600, 600], [7, 7]]
+    (status,) = json.loads(command("cube-ctl", "--json", "status", "--cube", address).stdout)
+    assert (status["rows"], status["format"]) == (300, row_format)
+    assert status["file_bytes"] > 300 * 4
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "message"),
+    [
+        ("--memory", "12", "found '12', expected a size such as 800M or 4G"),
+        ("--default-row", "1,x", "--default-row: found '1,x', expected numbers"),
+        ("--default-row", "1,2,3", "default row: found 3 elements, expected 2"),
+        ("--memory", "5M", "memory: found 5 MiB, expected at least 512 MiB"),
+    ],
+)
+def test_build_refuses_flags_that_make_no_sense(tmp_path, command, flag, value, message):
+    export_rows.Rows(np.arange(3, dtype=np.uint64), np.ones((3, 2), np.float32)).write(tmp_path / "rows")
+    done = command("cube-build", tmp_path / "rows", "--table", "t", "--version", "1", "--out", tmp_path, flag, value)
+    assert done.returncode in (1, 2)
+    assert message in done.stderr
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

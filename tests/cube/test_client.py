@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from stores import built
 
-from cube import build
 from cube.client import LocalCube, RemoteCube, split
 from cube.errors import BadConfig, BadRequest, NotServed, ShardUnavailable
 from cube.pb import cube_pb2 as pb
@@ -27,8 +27,8 @@ TABLES = {"t": (Version(2), 3)}
 def data(tmp_path_factory):
     """Two versions of one table in two shards; version 2 has ROWS, version 1 has -ROWS."""
     data = tmp_path_factory.mktemp("cube")
-    build.build(build.Rows(KEYS, -ROWS), data, "t", Version(1), 2)
-    build.build(build.Rows(KEYS, ROWS), data, "t", Version(2), 2)
+    built(data, "t", Version(1), KEYS, -ROWS, shards=2)
+    built(data, "t", Version(2), KEYS, ROWS, shards=2)
     return data
 
 

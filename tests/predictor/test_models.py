@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 import torch
 import two_towers
+from stores import built
 
 from cube import build
+from cube.sources import open_source
 from cube.version import Version
 from predictor.client import Client
 from trainer_tools.programs import torch_export
@@ -75,7 +77,7 @@ def test_a_manifest_that_does_not_fit_is_refused_at_start(broken, command, edit,
         (lambda seg: seg.unlink(), "found no segments, expected 0-of-1.seg"),
         (lambda seg: seg.write_bytes(seg.read_bytes()[:5000]), "found 5000 bytes, expected"),
         (lambda seg: seg.write_bytes(b""), "0-of-1.seg: found b'' at the start"),
-        (lambda seg: seg.rename(seg.with_name("0-of-2.seg")), "found the segment of shard 0 of 1"),
+        (lambda seg: seg.rename(seg.with_name("0-of-2.seg")), "found the rows of shard 0 of 1"),
     ],
 )
 def test_a_local_cube_with_a_missing_or_damaged_segment_is_refused(broken, command, spoil, message):
@@ -85,8 +87,7 @@ def test_a_local_cube_with_a_missing_or_damaged_segment_is_refused(broken, comma
 
 
 def test_a_remote_cube_without_the_models_version_is_refused(demo, command, server, tmp_path):
-    rows = build.Rows(np.arange(5, dtype=np.uint64), np.zeros((5, 10), np.float32))
-    build.build(rows, tmp_path, "embedding", Version(1), 1)
+    built(tmp_path, "embedding", Version(1), np.arange(5), np.zeros((5, 10)))
     address = server("cube-server", "--shard", 0, "--shards", 1, "--data", tmp_path)
     said = refused(command, "--model", demo.pruned, "--cube", address)
     assert f"cube shard 0 at {address} table 'embedding': found versions 1@0, expected" in said
@@ -144,7 +145,8 @@ def test_a_model_of_two_tables_one_of_a_single_slot_scores_as_its_original(tmp_p
         x = torch.from_numpy(inputs["x"])
         (want,) = program(x, ids[0], torch.arange(0, 25, 2), ids[1], torch.arange(5))
     for table in ("users", "items"):
-        build.build(build.read_rows(tmp_path / "out" / "rows" / table), tmp_path / "cube", table, Version(42), 2)
+        rows = open_source([str(tmp_path / "out" / "rows" / table)])
+        build.build(rows, tmp_path / "cube", table, Version(42), build.Options(shards=2))
     shards = [server("cube-server", "--shard", s, "--shards", 2, "--data", tmp_path / "cube") for s in range(2)]
     for cube in ([], ["--cube", ",".join(shards)]):
         with Client(server("predictor-server", "--model", tmp_path / "out", *cube)) as client:
