@@ -18,7 +18,8 @@ CUBE_LIBRARY = {
 MAY_IMPORT = {
     "cube": set(),
     "predictor": {
-        "cube.client", "cube.config", "cube.errors", "cube.kernels", "cube.keys", "cube.rpc", "cube.version",
+        "cube.client", "cube.config", "cube.errors", "cube.kernels", "cube.keys", "cube.rows", "cube.rpc",
+        "cube.version",
         "trainer_tools.manifest",
     },
     "predictor.cli": {"cube.cli", "cube.config"},

@@ -10,7 +10,8 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from cube.kernels import kernel
+from cube.rows import RowFormat
+from cube.rows import pool as add_up
 from cube.rpc.calls import Call
 from predictor.ops.gather import rows_of
 from predictor.ops.op import Values
@@ -18,26 +19,10 @@ from predictor.ops.read import offsets_of
 from trainer_tools.manifest import Lookup
 
 
-@kernel
-def _pool(rows, offsets, mean, out):  # type: ignore[no-untyped-def]
-    dim = rows.shape[1]
-    for b in range(out.shape[0]):
-        first, last = offsets[b], offsets[b + 1]
-        for d in range(dim):
-            out[b, d] = 0
-        for r in range(first, last):
-            for d in range(dim):
-                out[b, d] += rows[r, d]
-        if mean and last - first > 1:
-            count = np.float32(last - first)
-            for d in range(dim):
-                out[b, d] /= count
-
-
 def pool(rows: NDArray[np.float32], offsets: NDArray[np.int64], mean: bool) -> NDArray[np.float32]:
     """rows: float32[k, dim]; offsets: int64[bags + 1], from 0 to k, never falling. Returns float32[bags, dim]."""
     out = np.empty((offsets.size - 1, rows.shape[1]), np.float32)
-    _pool(rows, offsets, mean, out)
+    add_up(RowFormat.F32, np.ascontiguousarray(rows).view(np.uint8), offsets, mean, out)
     return out
 
 

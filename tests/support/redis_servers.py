@@ -33,7 +33,9 @@ def redis_process(*options: str) -> Iterator[tuple[int, subprocess.Popen[bytes]]
     with tempfile.TemporaryDirectory(prefix="redis.") as home:
         port = _free_port()
         fixed = ["--port", str(port), "--bind", "127.0.0.1", "--dir", home, "--save", "", "--appendonly", "no"]
-        process = subprocess.Popen(["redis-server", *fixed, *options], stdout=subprocess.DEVNULL)
+        # where util-linux is new enough, the server goes even if the tests are killed
+        tied = ["setpriv", "--pdeathsig", "KILL"] if shutil.which("setpriv") else []
+        process = subprocess.Popen([*tied, "redis-server", *fixed, *options], stdout=subprocess.DEVNULL)
         try:
             _until(lambda: process.poll() is not None or "+" in _ping(port) or "-NOAUTH" in _ping(port), "redis-server")
             assert process.poll() is None, f"redis-server ended with {process.returncode}"
