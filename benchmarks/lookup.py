@@ -35,6 +35,8 @@ from cube.storage.overlay import OverlaidSegment
 from cube.version import Version
 
 CALL, ASKED, ROUNDS = 4096, 1 << 20, 11
+CASES = [(8_000_000, 16), (1_000_000, 16), (8_000_000, 10), (1_000_000, 10), (8_000_000, 64), (1_000_000, 64)]
+OPENED = [(1_000_000, 16), (8_000_000, 64), (18_000_000, 128)]
 Runs = dict[str, Callable[[], object]]
 
 
@@ -223,10 +225,12 @@ def redis_url(place: Path) -> Iterator[str]:
         str(place),
     ]
     with subprocess.Popen(line, stdout=subprocess.DEVNULL) as process:
-        while not socket.exists():
-            time.sleep(0.05)
-        yield f"unix://{socket}"
-        process.terminate()
+        try:
+            while not socket.exists():
+                time.sleep(0.05)
+            yield f"unix://{socket}"
+        finally:
+            process.terminate()
 
 
 def timed_peers(runs: Runs, remote: dict[str, Callable[[], float]]) -> dict[str, float]:
@@ -245,11 +249,7 @@ def index_bytes(store: Any) -> float:
 
 def measure(quick: bool, place: Path) -> list[dict[str, Any]]:
     results: list[dict[str, Any]] = []
-    cases = (
-        [(8_000_000, 16)]
-        if quick
-        else [(8_000_000, 16), (1_000_000, 16), (1_000_000, 10), (8_000_000, 10), (1_000_000, 64), (8_000_000, 64)]
-    )
+    cases = CASES[:1] if quick else CASES
     for count, dim in cases:
         table = Table(count, dim, place / f"{count}-{dim}")
         stores, built = {}, {}
@@ -278,6 +278,9 @@ def case(table: Table, stores: Any, built: Any, how: str, absent: int, rivals: b
         f"ours {row_format.text}": store_run(store, keys, table.rows, truth, within[row_format])
         for row_format, store in stores.items()
     }
+    in_memory = open_store(stores[RowFormat.F32].path)
+    in_memory.load()
+    runs["ours f32, in huge pages"] = store_run(in_memory, keys, table.rows, truth, 0.0)
     changed = OverlaidSegment(stores[RowFormat.F32])
     tenth = rng.permutation(table.keys.size)[: table.keys.size // 10]
     changed.upsert(table.keys[tenth], table.rows[tenth])
@@ -321,7 +324,7 @@ def case(table: Table, stores: Any, built: Any, how: str, absent: int, rivals: b
 def opening(place: Path) -> list[dict[str, Any]]:
     """Seconds to open a segment and answer a first key, by size, with the file's pages in memory and dropped."""
     results = []
-    for count, dim in ((1_000_000, 16), (8_000_000, 64), (18_000_000, 128)):
+    for count, dim in OPENED:
         rows_place = place / f"open-{count}"
         rows_place.mkdir()
         np.save(rows_place / "keys.npy", np.arange(count, dtype=np.uint64))

@@ -88,6 +88,13 @@ def server(argv: Sequence[str] | None = None) -> int:
         choices=cube_server.VERIFY,
         help="compare the checksums of all rows: in the background while they are served (default), first, or off",
     )
+    parser.add_argument(
+        "--in-memory",
+        action="store_true",
+        default=None,
+        help="copy rows to memory, in huge pages, instead of mapping "
+        "the files: faster lookups, slower start, nothing shared between processes",
+    )
     parser.add_argument("--check", action="store_true", help="check settings and files, serve nothing")
     args = parser.parse_args(argv)
 

@@ -73,9 +73,9 @@ def _touch(tables: dict[str, Table]) -> None:
 def open_shard(config: CubeConfig, shard: int) -> dict[str, Table]:
     """The tables that `config` names, for one shard; raises DataCorrupt if they are to be verified first and fail."""
     tables = open_tables(Path(config.data), shard, len(config.shard), config.keep_versions)
-    if config.verify == "first":
-        for table in tables.values():
-            for store in table.stores:
-                if store.capabilities.verify:
-                    store.verify()
+    for store in (store for table in tables.values() for store in table.stores):
+        if config.in_memory:
+            store.load()
+        if config.verify == "first" and store.capabilities.verify:
+            store.verify()
     return tables

@@ -5,10 +5,13 @@ FBGEMM_PYTHON=V/bin/python make bench WHAT=lookup
 """
 
 import json
+import os
 import sys
 import time
 from pathlib import Path
 
+ANSWERS = os.fdopen(os.dup(1), "w")  # what libraries print, even while they are imported, goes to standard error
+os.dup2(2, 1)
 import fbgemm_gpu  # noqa: F401 - registers torch.ops.fbgemm
 import numpy as np
 import torch
@@ -51,13 +54,13 @@ def main():
             difference = (got - rows[asked]).abs().max().item()
             assert difference <= (0 if name == "f32" else 0.05), (name, difference)
             runs[name] = made
-        print(json.dumps({"ready": ready}), flush=True)
+        print(json.dumps({"ready": ready}), file=ANSWERS, flush=True)
         for line in sys.stdin:
             made = runs[json.loads(line)["run"]]
             begin = time.perf_counter()
             for part, offsets in parts:
                 made(part, offsets)
-            print(json.dumps({"seconds": time.perf_counter() - begin}), flush=True)
+            print(json.dumps({"seconds": time.perf_counter() - begin}), file=ANSWERS, flush=True)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cube.kernels import U, clear, inlined, kernel, load, mix, prefetch, store_key
-from cube.rows import RAW, RowFormat, divide, flat, put_row
+from cube.rows import RAW, RowFormat, check_offsets, divide, flat, put_row
 
 KEYS_PER_BUCKET = 4.5
 LOAD = 0.97  # places are keys / LOAD: fuller partitions need far longer searches for a pilot
@@ -130,15 +130,30 @@ def _fill(keys, rows, stride, facts, pilots, block):  # type: ignore[no-untyped-
 
 
 @inlined
-def _base_place(h, places_at, stride, partitions, pilots_at):  # type: ignore[no-untyped-def]
-    """The address of the one place where a key with hash h can be."""
-    p = _partition_of(h, U(partitions.shape[0]))
-    x = partitions[p, _PILOTS_START] + _bucket_of(
-        h, partitions[p, _DENSE], partitions[p, _DENSE_SCALE], partitions[p, _SPARSE_SCALE]
+def _fact(partitions_at, p, column):  # type: ignore[no-untyped-def]
+    """A fact of partition p, of which each has a cache line."""
+    return load(8, partitions_at + (p << U(6)) + (column << U(3)))
+
+
+@inlined
+def _pilot_at(h, partitions_at, partitions, pilots_at):  # type: ignore[no-untyped-def]
+    """The address of the pilot of a key with hash h."""
+    p = _partition_of(h, partitions)
+    bucket = _bucket_of(
+        h,
+        _fact(partitions_at, p, _DENSE),
+        _fact(partitions_at, p, _DENSE_SCALE),
+        _fact(partitions_at, p, _SPARSE_SCALE),
     )
-    pilot = load(2, pilots_at + U(2) * x)
-    place = _place_of(h, pilot, partitions[p, _MULTIPLIER], partitions[p, _PLACES])
-    return places_at + (partitions[p, _PLACES_START] + place) * stride
+    return pilots_at + ((_fact(partitions_at, p, _PILOTS_START) + bucket) << U(1))
+
+
+@inlined
+def _place_at(h, pilot, partitions_at, partitions, places_at, stride):  # type: ignore[no-untyped-def]
+    """The address of the one place where a key with hash h can be."""
+    p = _partition_of(h, partitions)
+    place = _place_of(h, pilot, _fact(partitions_at, p, _MULTIPLIER), _fact(partitions_at, p, _PLACES))
+    return places_at + (_fact(partitions_at, p, _PLACES_START) + place) * stride
 
 
 @inlined
@@ -149,18 +164,22 @@ def tag_of(h):  # type: ignore[no-untyped-def]
 
 @kernel
 def _lookup(  # type: ignore[no-untyped-def]
-    keys, data, places_offset, stride, partitions, pilots_offset, default_at, tags, slots, arena, kind, add, size,
-    offsets, out, out_stride, found,
+    keys, data, places_offset, stride, partitions, pilots_offset, default_at, tags, slots, arena, kind, size, offsets,
+    out, out_stride, found,
 ):  # fmt: skip
-    """Put the row of keys[i] to out + i * out_stride; or, if add, add it to its bag's. Returns how many are absent.
+    """Put the row of keys[i] to out + i * out_stride; with offsets, add it to its bag's. Returns how many are absent.
 
-    tags, slots, arena: an overlay, see overlay.py, or empty. default_at: offset in data of what absent keys read, or 0.
+    tags, slots, arena: an overlay, see overlay.py. Overlay and offsets are None where there are none: numba compiles a
+    kernel of its own for each kind of call, without the branches that it does not need. default_at: offset in data of
+    what absent keys read, or 0.
     """
     n, absent = U(keys.size), U(0)
     start, to = U(data.ctypes.data), U(out.ctypes.data)
     places_at, pilots_at = start + places_offset, start + pilots_offset
-    tags_at, slots_at, arena_at = U(tags.ctypes.data), U(slots.ctypes.data), U(arena.ctypes.data)
-    overlaid, slot_mask = tags.size > 0, U(tags.size - 1)
+    partitions_at, count = U(partitions.ctypes.data), U(partitions.shape[0])
+    if tags is not None:
+        tags_at, slots_at, arena_at = U(tags.ctypes.data), U(slots.ctypes.data), U(arena.ctypes.data)
+        slot_mask = U(tags.size - 1)
     distance, bag = _TO_PLACE + _TO_ROW, 0
     ring, pilot_at = np.empty(_RING, np.uint64), np.empty(_RING, np.uint64)
     t = U(0)
@@ -168,85 +187,83 @@ def _lookup(  # type: ignore[no-untyped-def]
         if t < n:
             s = t & U(_RING - 1)
             h = mix(keys[t] ^ SEED)
-            p = _partition_of(h, U(partitions.shape[0]))
-            pilot_at[s] = pilots_at + U(2) * (
-                partitions[p, _PILOTS_START]
-                + _bucket_of(h, partitions[p, _DENSE], partitions[p, _DENSE_SCALE], partitions[p, _SPARSE_SCALE])
-            )
             ring[s] = h
+            pilot_at[s] = _pilot_at(h, partitions_at, count, pilots_at)
             prefetch(pilot_at[s])
-            if overlaid:
+            if tags is not None:
                 prefetch(tags_at + (h & slot_mask))
         i = t - _TO_PLACE  # wraps around below zero, and is then not below n
         if i < n:
             s = i & U(_RING - 1)
-            h, candidate = ring[s], False
-            if overlaid:
+            h, changed = ring[s], False
+            if tags is not None:
                 slot, tag = h & slot_mask, tag_of(h)
                 seen = load(1, tags_at + slot)
                 while seen != U(0) and seen != tag:  # ends: an overlay always has free slots
                     slot = (slot + U(1)) & slot_mask
                     seen = load(1, tags_at + slot)
-                if seen == tag:
-                    candidate = True
+                changed = seen == tag
+                if changed:
                     ring[s] = slot | _OVERLAID
-                    prefetch(slots_at + U(4) * slot)
-            if not candidate:
-                p = _partition_of(h, U(partitions.shape[0]))
-                place = _place_of(h, load(2, pilot_at[s]), partitions[p, _MULTIPLIER], partitions[p, _PLACES])
-                at = places_at + (partitions[p, _PLACES_START] + place) * stride
+                    prefetch(slots_at + (slot << U(2)))
+            if not changed:
+                at = _place_at(h, load(2, pilot_at[s]), partitions_at, count, places_at, stride)
                 ring[s] = at
-                line = U(0)
-                while line < stride:
+                prefetch(at)
+                prefetch(at + stride - U(1))
+                line = U(64)
+                while line + U(64) < stride:
                     prefetch(at + line)
                     line += U(64)
-                prefetch(at + stride - U(1))
-        if overlaid:
+        if tags is not None:
             i = t - _TO_PLACE - _TO_ROW // U(2)
             if i < n and ring[i & U(_RING - 1)] >= _OVERLAID:
-                index = load(4, slots_at + U(4) * (ring[i & U(_RING - 1)] ^ _OVERLAID)) & (DELETED - U(1))
-                prefetch(arena_at + index * stride)
-                prefetch(arena_at + index * stride + stride - U(1))
+                slot = ring[i & U(_RING - 1)] ^ _OVERLAID
+                at = arena_at + (load(4, slots_at + (slot << U(2))) & (DELETED - U(1))) * stride
+                prefetch(at)
+                prefetch(at + stride - U(1))
         i = t - distance
         if i < n:
             at, deleted = ring[i & U(_RING - 1)], False
-            if at >= _OVERLAID:  # a tag agrees: nearly always the key does, too
+            if tags is not None and at >= _OVERLAID:  # a tag agrees: nearly always the key does, too
                 slot, at, h = at ^ _OVERLAID, U(0), mix(keys[i] ^ SEED)
                 while at == U(0):  # ends: an overlay always has free slots
                     seen = load(1, tags_at + slot)
                     if seen == U(0):
-                        at = _base_place(h, places_at, stride, partitions, pilots_at)
+                        pilot = load(2, _pilot_at(h, partitions_at, count, pilots_at))
+                        at = _place_at(h, pilot, partitions_at, count, places_at, stride)
                     elif seen == tag_of(h):
-                        entry = load(4, slots_at + U(4) * slot)
+                        entry = load(4, slots_at + (slot << U(2)))
                         here = arena_at + (entry & (DELETED - U(1))) * stride
                         if load(8, here) == keys[i]:
                             at, deleted = here, entry >= DELETED
                     slot = (slot + U(1)) & slot_mask
-            if add:
+            row_to = to + i * out_stride
+            if offsets is not None:
                 while i >= U(offsets[bag + 1]):  # ends: the last offset is n
                     bag += 1
                 row_to = to + U(bag) * out_stride
-            else:
-                row_to = to + i * out_stride
-            here = not deleted and load(8, at) == keys[i]
-            found[i] = here
-            if here:
-                put_row(kind, add, row_to, at + U(8), size)
+            is_here = not deleted and load(8, at) == keys[i]
+            found[i] = is_here
+            if is_here:
+                put_row(kind, offsets is not None, row_to, at + U(8), size)
             else:
                 absent += U(1)
                 if default_at != U(0):
-                    put_row(kind, add, row_to, start + default_at, size)
-                elif not add:
+                    put_row(kind, offsets is not None, row_to, start + default_at, size)
+                elif offsets is None:
                     clear(row_to, out_stride)
         t += U(1)
     return absent
 
 
 @kernel
-def _homes(keys, data, places_offset, stride, partitions, pilots_offset, out):  # type: ignore[no-untyped-def]
-    places_at, pilots_at = U(data.ctypes.data) + places_offset, U(data.ctypes.data) + pilots_offset
+def _homes(keys, data, partitions, pilots_offset, out):  # type: ignore[no-untyped-def]
+    pilots_at, partitions_at = U(data.ctypes.data) + pilots_offset, U(partitions.ctypes.data)
+    count = U(partitions.shape[0])
     for i in range(keys.size):
-        out[i] = (_base_place(mix(keys[i] ^ SEED), places_at, stride, partitions, pilots_at) - places_at) // stride
+        h = mix(keys[i] ^ SEED)
+        out[i] = _place_at(h, load(2, _pilot_at(h, partitions_at, count, pilots_at)), partitions_at, count, U(0), U(1))
 
 
 @kernel
@@ -268,15 +285,11 @@ class Partition(NamedTuple):
 
 
 class Overlay(NamedTuple):
-    """The arrays of an overlay as the lookup reads them; see overlay.py. All empty: none."""
+    """The arrays of an overlay as the lookup reads them; see overlay.py."""
 
-    tags: NDArray[np.uint8]  # uint8[power of two], or empty
+    tags: NDArray[np.uint8]  # uint8[power of two]
     slots: NDArray[np.uint32]
     arena: NDArray[np.uint8]
-
-
-NO_OVERLAY = Overlay(np.empty(0, np.uint8), np.empty(0, np.uint32), np.empty(0, np.uint8))
-_NO_OFFSETS = np.empty(0, np.int64)
 
 
 class Places(NamedTuple):
@@ -338,56 +351,57 @@ def described(facts: NDArray[np.uint64]) -> NDArray[np.uint64]:
 def homes(places: Places, keys: NDArray[np.uint64]) -> NDArray[np.int64]:
     """The number of the one place where each key (uint64[n]) can be: int64[n]."""
     out = np.empty(keys.size, np.int64)
-    data, places_offset, stride, partitions, pilots_offset, _ = places
-    _homes(keys, data, U(places_offset), U(stride), partitions, U(pilots_offset), out)
+    _homes(keys, places.data, places.partitions, U(places.pilots_offset), out)
     return out
 
 
 def read(
-    places: Places, overlay: Overlay, row_bytes: int, keys: NDArray[np.uint64], out: NDArray[np.uint8],
+    places: Places, overlay: Overlay | None, row_bytes: int, keys: NDArray[np.uint64], out: NDArray[np.uint8],
     found: NDArray[np.bool_],
 ) -> int:  # fmt: skip
     """Rows as stored: out uint8[n, row_bytes]. Returns how many keys are absent."""
-    return _run(places, overlay, RAW, False, row_bytes, _NO_OFFSETS, keys, out, row_bytes, found)
+    return _run(places, overlay, RAW, row_bytes, None, keys, out, row_bytes, found)
 
 
 def lookup(
-    places: Places, overlay: Overlay, row_format: RowFormat, keys: NDArray[np.uint64], out: NDArray[np.float32],
+    places: Places, overlay: Overlay | None, row_format: RowFormat, keys: NDArray[np.uint64], out: NDArray[np.float32],
     found: NDArray[np.bool_],
 ) -> int:  # fmt: skip
     """Rows decoded: out float32[n, dim]. Returns how many keys are absent."""
     dim = out.shape[1]
-    return _run(places, overlay, int(row_format), False, dim, _NO_OFFSETS, keys, out, 4 * dim, found)
+    return _run(places, overlay, int(row_format), dim, None, keys, out, 4 * dim, found)
 
 
 def pooled(
-    places: Places, overlay: Overlay, row_format: RowFormat, keys: NDArray[np.uint64], offsets: NDArray[np.int64],
-    mean: bool, out: NDArray[np.float32], found: NDArray[np.bool_],
+    places: Places, overlay: Overlay | None, row_format: RowFormat, keys: NDArray[np.uint64],
+    offsets: NDArray[np.int64], mean: bool, out: NDArray[np.float32], found: NDArray[np.bool_],
 ) -> int:  # fmt: skip
-    """Rows decoded and added up by bag: out float32[bags, dim]. Returns how many keys are absent."""
+    """Rows decoded and added up by bag: out float32[bags, dim]. Returns how many keys are absent; raises BadRequest."""
+    check_offsets("offsets", offsets, keys.size)  # the kernel trusts them
     dim = out.shape[1]
     out[:] = 0
-    absent = _run(places, overlay, int(row_format), True, dim, offsets, keys, out, 4 * dim, found)
+    absent = _run(places, overlay, int(row_format), dim, offsets, keys, out, 4 * dim, found)
     if mean:
         _means(offsets, out)
     return absent
 
 
 def _run(
-    places: Places, overlay: Overlay, kind: int, add: bool, size: int, offsets: NDArray[np.int64],
+    places: Places, overlay: Overlay | None, kind: int, size: int, offsets: NDArray[np.int64] | None,
     keys: NDArray[np.uint64], out: NDArray[Any], out_stride: int, found: NDArray[np.bool_],
 ) -> int:  # fmt: skip
     data, places_offset, stride, partitions, pilots_offset, default_at = places
-    bags = offsets.size - 1 if add else keys.size
+    bags = keys.size if offsets is None else offsets.size - 1
+    tags, slots, arena = overlay or (None, None, None)
     if (
         keys.dtype != np.uint64
         or found.shape != keys.shape
         or out.nbytes != bags * out_stride
         or not found.flags.c_contiguous
     ):
-        raise ValueError(f"buffers of {out.nbytes} bytes and {found.size} marks for {keys.size} {keys.dtype} keys")
+        raise ValueError(f"buffers of {out.nbytes} bytes, {found.size} marks for {keys.size} {keys.dtype} keys")
     absent = _lookup(
-        keys, data, U(places_offset), U(stride), partitions, U(pilots_offset), U(default_at), *overlay, kind, add,
-        U(size), offsets, flat(out), U(out_stride), found,
+        keys, data, U(places_offset), U(stride), partitions, U(pilots_offset), U(default_at), tags, slots, arena,
+        kind, U(size), offsets, flat(out), U(out_stride), found,
     )  # fmt: skip
     return int(absent)

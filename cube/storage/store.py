@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cube.errors import BadData, DataCorrupt, Unimplemented
-from cube.rows import RowFormat, decode, pool
+from cube.rows import RowFormat, check_offsets, decode, pool
 from cube.version import Version
 
 
@@ -103,6 +103,7 @@ class Store(ABC):
         run in float32 from left to right, a mean divides by the bag's size, absent keys included; an empty bag is
         zeros. Returns how many keys are absent.
         """
+        check_offsets("offsets", offsets, keys.size)
         raw = np.empty((keys.size, self.about.row_bytes), np.uint8)
         absent = self.read(keys, raw, found)
         pool(self.about.row_format, raw, offsets, mean, out)
@@ -123,6 +124,9 @@ class Store(ABC):
     def verify(self, progress: Callable[[int], object] = lambda bytes_read: None) -> None:
         """Read everything and compare checksums; raises DataCorrupt naming the place. Stops if `progress` raises."""
         raise self._cannot("verify")
+
+    def load(self) -> None:  # noqa: B027 - most engines cannot
+        """Copy all rows to memory of this process alone, where that makes lookups faster; else do nothing."""
 
     def close(self) -> None:  # noqa: B027 - most engines need nothing
         """Release files or connections. No lookup may be running."""

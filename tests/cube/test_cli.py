@@ -179,7 +179,7 @@ def test_a_server_that_verifies_first_does_not_open_its_port_over_corrupt_rows(d
     assert "0-of-2.seg block 0" in done.stderr
     address = server("cube-server", "--shard", 1, *args[:4], "--verify", "first")
     assert json.loads(command("cube-ctl", "--json", "status", "--cube", address).stdout)[0]["verified"] == "yes"
-    address = server("cube-server", "--shard", 1, *args[:4], "--verify", "off")
+    address = server("cube-server", "--shard", 1, *args[:4], "--verify", "off", "--in-memory")
     assert json.loads(command("cube-ctl", "--json", "status", "--cube", address).stdout)[0]["verified"] == "no"
 
 

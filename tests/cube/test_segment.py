@@ -145,6 +145,20 @@ def test_what_is_found_corrupt_is_not_served_any_more(tmp_path):
             ask()
 
 
+def test_a_segment_in_memory_answers_as_the_mapped_one_and_does_not_need_the_file_any_more(tmp_path):
+    keys = np.arange(5000, dtype=np.uint64)
+    path = written(tmp_path / "s.seg", keys, np.arange(10000.0).reshape(5000, 2), partitions=3, default_row=[7, 8])
+    opened = Segment(path)
+    before = looked_up(opened, range(4990, 5010))
+    opened.load()
+    os.truncate(path, 0)  # a mapped page would be SIGBUS now
+    after = looked_up(opened, range(4990, 5010))
+    assert np.array_equal(before[0], after[0])
+    assert np.array_equal(before[1], after[1])
+    opened.verify()
+    assert sum(len(keys) for keys, _ in opened.scan()) == 5000
+
+
 def test_verification_can_be_stopped_and_is_then_not_done(tmp_path):
     opened = Segment(written(tmp_path / "s.seg", [5], [[1.0]]))
     with pytest.raises(KeyboardInterrupt):

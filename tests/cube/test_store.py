@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from redis_servers import cli, redis_cluster, redis_process
 
 import cube.storage.lmdb
-from cube.errors import BadConfig, BadData, DataCorrupt, Unavailable, Unimplemented
+from cube.errors import BadConfig, BadData, BadRequest, DataCorrupt, Unavailable, Unimplemented
 from cube.rows import RowFormat
 from cube.storage.engines import ENGINES, open_store
 from cube.storage.index import partitions_of
@@ -824,3 +824,17 @@ def test_a_redis_file_with_what_no_build_wrote_is_refused(redis_kind):
     path.write_text(json.dumps(whole | {"about": json.loads(other.encode())}))
     with pytest.raises(DataCorrupt, match="facts of another table"):
         open_store(path)
+
+
+def test_bags_that_do_not_fit_the_keys_are_refused(stored_kind):
+    keys, rows = np.array([1, 2, 3], np.uint64), np.zeros((3, 3), np.float32)
+    with stored_kind.store(about_of(), keys, RowFormat.F32.encode(rows)) as store:
+        for offsets in ([0, 2], [0, 4], [1, 3], [0, 3, 2, 3], []):
+            with pytest.raises(BadRequest, match="offsets: found offsets"):
+                store.pooled(
+                    keys,
+                    np.array(offsets, np.int64),
+                    False,
+                    np.empty((len(offsets), 3), np.float32),
+                    np.empty(3, np.bool_),
+                )
