@@ -25,10 +25,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cube.errors import BadConfig, BadData
-from cube.kernels import U, kernel, mix
+from cube.kernels import U, kernel, mix, prefetch
 from cube.keys import shards_of
 from cube.publish import exists_already, publish
-from cube.rows import RowFormat, flat, not_finite, rows_at
+from cube.rows import RowFormat, flat, not_finite, scatter
 from cube.sources import Batch, Cursor, Source
 from cube.storage import segment
 from cube.storage.engines import ENGINES
@@ -42,6 +42,7 @@ DEFAULT_MEMORY = 2 << 30
 MIN_MEMORY = 512 << 20
 _PROCESS = 350 << 20  # Python, numpy, a compiler's leavings, file readers: what a build takes before it holds a row
 _PARTITION_KEYS = 1 << 20  # its bitmap of taken places, 128 KB, fits a core's cache
+_AHEAD = 16  # keys between asking for a slot and looking at it
 _PLAN, _OUT, _LOCK = "plan.json", "out", "lock"
 
 
@@ -188,8 +189,8 @@ def _rows_in_memory(options: Options, row_bytes: int, spare: int) -> int:
 
 
 def _reading_bytes(dim: int, row_format: RowFormat) -> int:
-    """Memory for each row of a run: as read (twice while its batches are joined), encoded, sorted, and the sorting."""
-    return 2 * (8 + 4 * dim) + 2 * (8 + row_format.row_bytes(dim)) + 24
+    """Memory for each row of a run: as read (and about to be), sorted, and the sorting."""
+    return 2 * (8 + 4 * dim) + (16 + row_format.row_bytes(dim)) + 48
 
 
 def _building_bytes(dim: int, row_format: RowFormat) -> int:
@@ -290,19 +291,20 @@ def _spill(batches: list[Batch], path: Path, plan: _Plan, options: Options) -> _
     """Write one run: rows grouped by bin, in each bin in their order, of repeated keys the last."""
     keys = np.concatenate([batch.keys for batch in batches])
     then = batches[-1].cursor
-    if options.reject_not_finite:
-        for batch in batches:
-            _reject(batch)
-    raw = np.concatenate([_encoded(batch, options.row_format) for batch in batches])
-    batches.clear()
     bins = shards_of(keys, plan.shards).astype(np.int64) * plan.partitions + partitions_of(keys, plan.partitions)
     keep = _last_of_each(keys)
     starts = np.zeros(plan.shards * plan.partitions + 1, np.int64)
     np.cumsum(np.bincount(bins[keep], minlength=starts.size - 1), out=starts[1:])
-    sorted_keys, order = np.empty(starts[-1], np.uint64), np.empty(starts[-1], np.int64)
-    _group(keys, bins, keep, starts[:-1].copy(), sorted_keys, order)
-    sorted_raw = rows_at(raw, order)
-    run = _Run(then, keys.size, int(keys.size - order.size))
+    sorted_keys, places = np.empty(starts[-1], np.uint64), np.empty(keys.size, np.int64)
+    _group(keys, bins, keep, starts[:-1].copy(), sorted_keys, places)
+    sorted_raw, at = np.empty((sorted_keys.size, options.row_format.row_bytes(plan.dim)), np.uint8), 0
+    for batch in batches:
+        if options.reject_not_finite:
+            _reject(batch)
+        scatter(_encoded(batch, options.row_format), places[at : at + batch.keys.size], sorted_raw)
+        at += batch.keys.size
+    batches.clear()
+    run = _Run(then, keys.size, keys.size - sorted_keys.size)
     head = msgspec.json.encode(run)
     draft = path.with_suffix(".draft")
     with draft.open("wb", buffering=0) as file:
@@ -460,8 +462,10 @@ class _Ordered(Generic[T]):
 @kernel
 def _mark_last(keys, slots, keep):  # type: ignore[no-untyped-def]
     """Mark the last of each key. slots: int32[power of two > keys.size], all -1: linear probing ends at a free one."""
-    mask = U(slots.size - 1)
+    mask, slots_at = U(slots.size - 1), U(slots.ctypes.data)
     for i in range(keys.size - 1, -1, -1):
+        if i >= _AHEAD:
+            prefetch(slots_at + ((mix(keys[i - _AHEAD]) & mask) << U(2)))
         s = mix(keys[i]) & mask
         while slots[s] >= 0 and keys[slots[s]] != keys[i]:
             s = (s + U(1)) & mask
@@ -471,12 +475,13 @@ def _mark_last(keys, slots, keep):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def _group(keys, bins, keep, fill, sorted_keys, order):  # type: ignore[no-untyped-def]
-    """Bring what is kept into order of bins; fill: where each bin begins, and then ends."""
+def _group(keys, bins, keep, fill, sorted_keys, places):  # type: ignore[no-untyped-def]
+    """Bring the keys that are kept into order of bins; places: where each went, or -1; fill: where each bin begins."""
     for i in range(keys.size):
+        places[i] = -1
         if keep[i]:
-            at = fill[bins[i]]
-            sorted_keys[at], order[at] = keys[i], i
+            places[i] = fill[bins[i]]
+            sorted_keys[places[i]] = keys[i]
             fill[bins[i]] += 1
 
 

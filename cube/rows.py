@@ -269,10 +269,11 @@ def pool(
 
 
 @kernel
-def _copy(raw, row_bytes, order, out):  # type: ignore[no-untyped-def]
+def _scatter(raw, row_bytes, places, out):  # type: ignore[no-untyped-def]
     source, to = U(raw.ctypes.data), U(out.ctypes.data)
-    for i in range(order.size):
-        put_row(RAW, False, to + U(i) * U(row_bytes), source + U(order[i]) * U(row_bytes), U(row_bytes))
+    for i in range(places.size):
+        if places[i] >= 0:
+            put_row(RAW, False, to + U(places[i]) * U(row_bytes), source + U(i) * U(row_bytes), U(row_bytes))
 
 
 @kernel
@@ -287,11 +288,12 @@ def _count_not_finite(kind, raw, row_bytes, row):  # type: ignore[no-untyped-def
     return count
 
 
-def rows_at(raw: NDArray[np.uint8], order: NDArray[np.int64]) -> NDArray[np.uint8]:
-    """raw[order] for rows of bytes: uint8[n, row_bytes] and int64[k], each below n, to uint8[k, row_bytes]."""
-    out = np.empty((order.size, raw.shape[1]), np.uint8)
-    _copy(flat(raw), raw.shape[1], order, flat(out))
-    return out
+def scatter(raw: NDArray[np.uint8], places: NDArray[np.int64], out: NDArray[np.uint8]) -> None:
+    """out[places[i]] = raw[i] for rows of bytes, where places[i] is not negative.
+
+    raw: uint8[n, row_bytes]; places: int64[n], each below k; out: uint8[k, row_bytes].
+    """
+    _scatter(flat(raw), raw.shape[1], places, flat(out))
 
 
 def not_finite(row_format: RowFormat, raw: NDArray[np.uint8], dim: int) -> int:

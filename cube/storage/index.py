@@ -27,6 +27,7 @@ _LOW, _HIGH = U(0xFFFFFFFF), U(32)
 # row.
 _RING, _TO_PLACE, _TO_ROW = 64, U(16), U(24)  # keys in flight: a power of two above the sum of the distances
 _OVERLAID = U(1 << 63)  # a mark in the ring: not an address, but a slot of the overlay
+_EACH_BYTE = U(0x0101010101010101)
 DELETED = U(1 << 31)  # a mark in a slot of an overlay: the key was deleted
 
 # columns of a partition as the kernels see it
@@ -121,12 +122,20 @@ def _fill(keys, rows, stride, facts, pilots, block):  # type: ignore[no-untyped-
     to, source, row_bytes = U(block.ctypes.data), U(rows.ctypes.data), U(rows.size // keys.size)
     for x in range(U(block.size) // stride):
         store_key(to + U(x) * stride, keys[0])
-    for i in range(keys.size):
-        h = mix(keys[i] ^ SEED)
-        bucket = _bucket_of(h, facts[_DENSE], facts[_DENSE_SCALE], facts[_SPARSE_SCALE])
-        place = to + _place_of(h, U(pilots[bucket]), facts[_MULTIPLIER], facts[_PLACES]) * stride
-        store_key(place, keys[i])
-        put_row(RAW, False, place + U(8), source + U(i) * row_bytes, row_bytes)
+    ahead, ring = 16, np.empty(16, np.uint64)
+    for t in range(keys.size + ahead):
+        i = t - ahead
+        if i >= 0:
+            place = ring[i % ahead]
+            store_key(place, keys[i])
+            put_row(RAW, False, place + U(8), source + U(i) * row_bytes, row_bytes)
+        if t < keys.size:
+            h = mix(keys[t] ^ SEED)
+            bucket = _bucket_of(h, facts[_DENSE], facts[_DENSE_SCALE], facts[_SPARSE_SCALE])
+            place = to + _place_of(h, U(pilots[bucket]), facts[_MULTIPLIER], facts[_PLACES]) * stride
+            ring[t % ahead] = place
+            prefetch(place)
+            prefetch(place + stride - U(1))
 
 
 @inlined
@@ -162,6 +171,17 @@ def tag_of(h):  # type: ignore[no-untyped-def]
     return max(h >> U(56), U(1))
 
 
+@inlined
+def _zero_bytes(word):  # type: ignore[no-untyped-def]
+    """The highest bit of every byte that is 0; above the lowest of them there may be more (Mycroft 1987)."""
+    return (word - _EACH_BYTE) & ~word & (_EACH_BYTE << U(7))
+
+
+@inlined
+def _lowest(bits):  # type: ignore[no-untyped-def]
+    return bits & (U(0) - bits)
+
+
 @kernel
 def _lookup(  # type: ignore[no-untyped-def]
     keys, data, places_offset, stride, partitions, pilots_offset, default_at, tags, slots, arena, kind, size, offsets,
@@ -179,7 +199,7 @@ def _lookup(  # type: ignore[no-untyped-def]
     partitions_at, count = U(partitions.ctypes.data), U(partitions.shape[0])
     if tags is not None:
         tags_at, slots_at, arena_at = U(tags.ctypes.data), U(slots.ctypes.data), U(arena.ctypes.data)
-        slot_mask = U(tags.size - 1)
+        slot_mask = U(slots.size - 1)
     distance, bag = _TO_PLACE + _TO_ROW, 0
     ring, pilot_at = np.empty(_RING, np.uint64), np.empty(_RING, np.uint64)
     t = U(0)
@@ -197,13 +217,16 @@ def _lookup(  # type: ignore[no-untyped-def]
             s = i & U(_RING - 1)
             h, changed = ring[s], False
             if tags is not None:
-                slot, tag = h & slot_mask, tag_of(h)
-                seen = load(1, tags_at + slot)
-                while seen != U(0) and seen != tag:  # ends: an overlay always has free slots
-                    slot = (slot + U(1)) & slot_mask
-                    seen = load(1, tags_at + slot)
-                changed = seen == tag
+                # eight slots at once: no key is here whose tag is not met before the first free slot
+                slot = h & slot_mask
+                eight = load(8, tags_at + slot)
+                free, alike = _zero_bytes(eight), _zero_bytes(eight ^ (tag_of(h) * _EACH_BYTE))
+                changed = free == U(0) or (alike != U(0) and _lowest(alike) < _lowest(free))
                 if changed:
+                    alike = _lowest(alike) >> U(8)
+                    while alike != U(0):  # ends: it gets shorter
+                        slot, alike = slot + U(1), alike >> U(8)
+                    slot &= slot_mask
                     ring[s] = slot | _OVERLAID
                     prefetch(slots_at + (slot << U(2)))
             if not changed:
@@ -287,7 +310,7 @@ class Partition(NamedTuple):
 class Overlay(NamedTuple):
     """The arrays of an overlay as the lookup reads them; see overlay.py."""
 
-    tags: NDArray[np.uint8]  # uint8[power of two]
+    tags: NDArray[np.uint8]  # uint8[slots + 7], slots a power of two; the first seven again at the end
     slots: NDArray[np.uint32]
     arena: NDArray[np.uint8]
 

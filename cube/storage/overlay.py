@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cube.errors import BadData
-from cube.kernels import U, kernel, load, mix, store_key
+from cube.kernels import U, inlined, kernel, load, mix, store_key
 from cube.rows import RAW, flat, put_row
 from cube.storage.index import DELETED, SEED, Overlay, tag_of
 from cube.storage.segment import Segment
@@ -25,10 +25,18 @@ _SLOTS_PER_KEY = 2  # at most half of the slots are taken: probes stay short
 _FIRST_SLOTS, _MOST_ROWS = 1024, int(DELETED) - 1
 
 
+@inlined
+def _set_tag(tags, s, mask, tag):  # type: ignore[no-untyped-def]
+    """Lookups read eight tags at once: those at the end go on with the first ones."""
+    tags[s] = tag
+    if s < U(7):
+        tags[mask + U(1) + s] = tag
+
+
 @kernel
 def _apply(keys, raw, deleted, stride, row_bytes, first, tags, slots, arena):  # type: ignore[no-untyped-def]
     """Lay changes out from place `first` of the arena on, point the hash table at them; returns how many are new."""
-    mask, new = U(tags.size - 1), 0
+    mask, new = U(slots.size - 1), 0
     arena_at, source = U(arena.ctypes.data), U(raw.ctypes.data)
     for i in range(keys.size):
         number, h = first + U(i), mix(keys[i] ^ SEED)
@@ -42,7 +50,7 @@ def _apply(keys, raw, deleted, stride, row_bytes, first, tags, slots, arena):  #
         ):
             s = (s + U(1)) & mask
         new += tags[s] == 0
-        tags[s] = tag_of(h)
+        _set_tag(tags, s, mask, tag_of(h))
         slots[s] = number | DELETED if deleted else number
     return new
 
@@ -50,9 +58,9 @@ def _apply(keys, raw, deleted, stride, row_bytes, first, tags, slots, arena):  #
 @kernel
 def _move(old_tags, old_slots, old_arena, stride, tags, slots, arena):  # type: ignore[no-untyped-def]
     """Fill a larger hash table and arena with what an old one leads to; returns how many places are taken then."""
-    mask, taken = U(tags.size - 1), U(0)
+    mask, taken = U(slots.size - 1), U(0)
     source, to = U(old_arena.ctypes.data), U(arena.ctypes.data)
-    for old in range(old_tags.size):
+    for old in range(old_slots.size):
         if old_tags[old] != 0:
             place = source + (U(old_slots[old]) & (DELETED - U(1))) * stride
             put_row(RAW, False, to + taken * stride, place, stride)
@@ -60,7 +68,7 @@ def _move(old_tags, old_slots, old_arena, stride, tags, slots, arena):  # type: 
             s = h & mask
             while tags[s] != 0:  # ends: half of the slots are free
                 s = (s + U(1)) & mask
-            tags[s] = old_tags[old]
+            _set_tag(tags, s, mask, old_tags[old])
             slots[s] = taken | (U(old_slots[old]) & DELETED)
             taken += U(1)
     return taken
@@ -68,7 +76,7 @@ def _move(old_tags, old_slots, old_arena, stride, tags, slots, arena):  # type: 
 
 @kernel
 def _changed(keys, stride, tags, slots, arena, out):  # type: ignore[no-untyped-def]
-    mask, arena_at = U(tags.size - 1), U(arena.ctypes.data)
+    mask, arena_at = U(slots.size - 1), U(arena.ctypes.data)
     for i in range(keys.size):
         h = mix(keys[i] ^ SEED)
         s, out[i] = h & mask, False
@@ -159,7 +167,7 @@ class OverlaidSegment(Store):
             kept = np.empty(keys.size, np.bool_)
             _changed(keys, U(self._stride), *hashed, kept)
             yield keys[~kept], rows[~kept]
-        live = hashed.slots[(hashed.tags != 0) & (hashed.slots < DELETED)]
+        live = hashed.slots[(hashed.tags[: hashed.slots.size] != 0) & (hashed.slots < DELETED)]
         places = hashed.arena.reshape(-1, self._stride)
         for start in range(0, live.size, batch):
             block = places[live[start : start + batch]]
@@ -191,7 +199,7 @@ class OverlaidSegment(Store):
     def _with_room_for(self, count: int) -> _State:
         """A copy of the state whose hash table has room for so many more keys."""
         state = self._state
-        if (state.changed + count) * _SLOTS_PER_KEY > state.hashed.tags.size:
+        if (state.changed + count) * _SLOTS_PER_KEY > state.hashed.slots.size:
             return self._moved(state, count)
         hashed = state.hashed
         return state._replace(hashed=Overlay(hashed.tags.copy(), hashed.slots.copy(), hashed.arena))
@@ -207,7 +215,7 @@ class OverlaidSegment(Store):
         while slots < need * _SLOTS_PER_KEY:
             slots *= 2
         arena = _Arena(max(slots // _SLOTS_PER_KEY, need), self._stride, state.changed)
-        hashed = Overlay(np.zeros(slots, np.uint8), np.zeros(slots, np.uint32), arena.data)
+        hashed = Overlay(np.zeros(slots + 7, np.uint8), np.zeros(slots, np.uint32), arena.data)
         _move(*state.hashed, U(self._stride), *hashed)
         return state._replace(hashed=hashed, arena=arena)
 
@@ -215,5 +223,5 @@ class OverlaidSegment(Store):
 def _empty(base: Segment) -> _State:
     stride = base.header.stride
     arena = _Arena(_FIRST_SLOTS // _SLOTS_PER_KEY, stride)
-    hashed = Overlay(np.zeros(_FIRST_SLOTS, np.uint8), np.zeros(_FIRST_SLOTS, np.uint32), arena.data)
+    hashed = Overlay(np.zeros(_FIRST_SLOTS + 7, np.uint8), np.zeros(_FIRST_SLOTS, np.uint32), arena.data)
     return _State(hashed, arena, 0, len(base))
