@@ -166,7 +166,7 @@ def memory_runs(table: Table, numbers: np.ndarray) -> Runs:
 
 
 def pooled_runs(table: Table, store: Any, numbers: np.ndarray) -> Runs:
-    """Sums over bags of 20: looked up and pooled in one pass, beside torch on known row numbers."""
+    """Sums over bags of 16: looked up and pooled in one pass, beside torch on known row numbers."""
     keys, offsets = calls(table.keys[numbers]), np.arange(0, CALL + 1, 16)
     sums, found = np.empty((CALL // 16, table.dim), np.float32), np.empty(CALL, np.bool_)
     tensor, bags = torch.from_numpy(table.rows), torch.from_numpy(offsets[:-1])
@@ -194,9 +194,7 @@ def peer(module: str, variable: str, place: Path) -> Iterator[dict[str, tuple[Ca
         yield {}
         return
     line = [interpreter, str(Path(__file__).parent / "peers" / f"{module}.py"), str(place), str(CALL)]
-    with subprocess.Popen(
-        line, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-    ) as it:
+    with subprocess.Popen(line, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as it:
         assert it.stdin
         assert it.stdout
 

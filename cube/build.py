@@ -12,6 +12,7 @@ renamed to its place.
 
 import contextlib
 import fcntl
+import hashlib
 import os
 import shutil
 from collections import deque
@@ -86,9 +87,10 @@ class _Plan(msgspec.Struct, frozen=True):
     dim: int
     row_format: str
     engine: str
-    url: str
+    url: str  # its digest: there may be a password in it
     default_row: tuple[float, ...]
     reject_not_finite: bool
+    read_as: str
     files: list[tuple[str, int, str]]  # url, bytes, what changes when the content does
     boot: str  # runs are not forced to disk: after a crash of the machine they may not be what they seem
 
@@ -135,17 +137,19 @@ def build(
     work = place.parent / f".{version}.build"
     with _locked(work, place):
         if place.exists():
-            shutil.rmtree(work)
+            _clear(work)
             raise exists_already(place)
         try:
-            _settle(work, plan, options.restart)
+            plan = _settle(work, plan, options.restart)
             runs = _read(source, work, plan, options, progress)
             built = _build(runs, work, plan, options, progress)
-        except BadData:  # the same input and options would fail again
-            shutil.rmtree(work)
+        except _SourceFailed:  # a file or a network: what was read of it stays
+            raise
+        except BadData:  # the same rows and options would fail again
+            _clear(work)
             raise
         publish(work / _OUT, place)
-        shutil.rmtree(work)
+        _clear(work)
     return Built(
         place,
         [shard.keys for shard in built],
@@ -172,12 +176,17 @@ def _planned(source: Source, table: str, version: Version, options: Options) -> 
         raise BadConfig("memory", f"{options.memory >> 20} MiB", f"at least {MIN_MEMORY >> 20} MiB")
     if len(options.default_row) not in (0, source.dim):
         raise BadData("default row", f"{len(options.default_row)} elements", f"{source.dim}, as the rows have")
+    if bool(options.url) != (options.engine == "redis"):
+        wanted = "one of the server" if options.engine == "redis" else f"none: {options.engine} has no server"
+        raise BadConfig("url", "one" if options.url else "none", wanted)
+    _encoded_default(options)  # or it would fail once all rows are read
     keys = min(_PARTITION_KEYS, _rows_in_memory(options, _building_bytes(source.dim, options.row_format), spare=2))
     partitions = max(1, -(-source.most_rows // (options.shards * keys)))
     boot = Path("/proc/sys/kernel/random/boot_id")
     return _Plan(
         table, str(version), options.shards, partitions, source.dim, options.row_format.text, options.engine,
-        options.url, options.default_row, options.reject_not_finite,
+        hashlib.sha256(options.url.encode()).hexdigest(), options.default_row, options.reject_not_finite,
+        source.read_as,
         [(file.url, file.size, file.version) for file in source.files],
         boot.read_text().strip() if boot.exists() else "",
     )  # fmt: skip
@@ -207,19 +216,24 @@ def _locked(work: Path, place: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise BadData(str(place), "another build of it under way", "one at a time") from error
+        if not (work / _LOCK).exists() or (work / _LOCK).stat().st_ino != os.fstat(file.fileno()).st_ino:
+            raise BadData(str(place), "another build of it that has just ended", "one at a time")
         yield
 
 
-def _settle(work: Path, plan: _Plan, restart: bool) -> None:
-    """Make the work directory one of this plan; raises BadData if it holds another build's work."""
+def _settle(work: Path, plan: _Plan, restart: bool) -> _Plan:
+    """Make the work directory one of this plan; raises BadConfig if it holds another build's work.
+
+    Returns the plan to go on with: partitions, which follow from memory, stay those of the build that was killed.
+    """
     path = work / _PLAN
     if path.exists() and not restart:
         try:
             there = msgspec.json.decode(path.read_bytes(), type=_Plan)
         except msgspec.MsgspecError:
             there = None
-        if there == plan:
-            return
+        if there is not None and there == msgspec.structs.replace(plan, partitions=there.partitions):
+            return there
         if there is not None and there.boot == plan.boot:
             differs = ", ".join(f for f in _Plan.__struct_fields__ if getattr(there, f) != getattr(plan, f))
             raise BadConfig(
@@ -227,12 +241,25 @@ def _settle(work: Path, plan: _Plan, restart: bool) -> None:
                 f"what another build of this version left (other {differs})",
                 "the same input and options, or --restart",
             )
+    path.unlink(missing_ok=True)
     for old in work.iterdir():
         if old.is_dir():
             shutil.rmtree(old)
         elif old.name != _LOCK:
             old.unlink()
     _note(path, plan)
+    return plan
+
+
+def _clear(work: Path) -> None:
+    """Remove a work directory, the plan first: what a kill leaves of it is not gone on from."""
+    (work / _PLAN).unlink(missing_ok=True)
+    shutil.rmtree(work)
+
+
+def _encoded_default(options: Options) -> bytes:
+    row = np.array([options.default_row], np.float32)
+    return options.row_format.encode(row).tobytes() if options.default_row else b""
 
 
 def _note(path: Path, facts: msgspec.Struct) -> None:
@@ -258,7 +285,7 @@ def _read(source: Source, work: Path, plan: _Plan, options: Options, progress: P
     cursor = runs[-1].run.then if runs else Cursor(0, 0)
     most = _rows_in_memory(options, _reading_bytes(plan.dim, options.row_format), spare=1)
     with _Ordered[_RunFile](options.workers) as pool:
-        groups = _grouped(source.batches(cursor, min(most, 1 << 18)), most)
+        groups = _grouped(_from(source.batches(cursor, min(most, 1 << 18))), most)
         for number, batches in enumerate(groups, len(runs)):
             for run in pool.put(_spill, batches, _run_path(work, number), plan, options):
                 runs.append(run)
@@ -271,6 +298,17 @@ def _read(source: Source, work: Path, plan: _Plan, options: Options, progress: P
 
 def _run_path(work: Path, number: int) -> Path:
     return work / f"run-{number:06d}"
+
+
+class _SourceFailed(BadData):
+    """A file of the source could not be read on, or holds something it must not."""
+
+
+def _from(batches: Iterator[Batch]) -> Iterator[Batch]:
+    try:
+        yield from batches
+    except BadData as error:
+        raise _SourceFailed(error.place, error.found, error.expected) from error
 
 
 def _grouped(batches: Iterator[Batch], most: int) -> Iterator[list[Batch]]:
@@ -351,8 +389,8 @@ def _build(runs: list[_RunFile], work: Path, plan: _Plan, options: Options, prog
     total = sum(int(run.starts[-1]) for run in runs)
     built = []
     for shard in range(plan.shards):
-        done = work / f"shard-{shard}.json"
-        if not done.exists():
+        done, engine = work / f"shard-{shard}.json", ENGINES[plan.engine]
+        if not (done.exists() and (out / segment.file_name(shard, plan.shards, engine.suffix)).exists()):
             facts = _build_shard(runs, shard, work, plan, options, lambda rows: progress("building", rows, total))
             _note(done, facts)
         else:
@@ -369,10 +407,9 @@ def _build_shard(
     draft, final = work / f"shard{engine.suffix}", work / _OUT / segment.file_name(shard, plan.shards, engine.suffix)
     if draft.exists():
         shutil.rmtree(draft) if draft.is_dir() else draft.unlink()
-    default_row = np.array([options.default_row], np.float32)
     about = About(
         plan.table, Version.parse(plan.version), shard, plan.shards, plan.dim, options.row_format,
-        options.row_format.encode(default_row).tobytes() if options.default_row else b"",
+        _encoded_default(options),
     )  # fmt: skip
     keys = duplicates = odd = 0
     with contextlib.closing(engine.write(draft, about, plan.partitions, options.url)) as writer:

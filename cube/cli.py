@@ -18,12 +18,11 @@ from cube import build as builder
 from cube import server as cube_server
 from cube.client import RemoteCube
 from cube.config import read, settle
-from cube.errors import BadConfig, ServingError
+from cube.errors import BadConfig, DataCorrupt, ServingError
 from cube.pb.cube_config_pb2 import CubeConfig
 from cube.rows import RowFormat
 from cube.sources import open_source
-from cube.storage.engines import ENGINES
-from cube.storage.segment import Segment
+from cube.storage.engines import ENGINES, open_store
 from cube.version import Version
 
 DEFAULT_CONF = Path("conf/cube.prototxt")
@@ -160,7 +159,8 @@ def build(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument(
         "--memory", type=mebibytes, default=builder.DEFAULT_MEMORY, metavar="SIZE",
-        help=f"memory to use, such as 800M or 4G (default: {builder.DEFAULT_MEMORY >> 30}G)",
+        help="memory for rows, such as 800M or 4G; engines other than segment take some beside it "
+        f"(default: {builder.DEFAULT_MEMORY >> 30}G)",
     )  # fmt: skip
     parser.add_argument(
         "--workers", type=positive, default=os.cpu_count(), metavar="N", help="threads (default: all cores)"
@@ -241,7 +241,7 @@ def ctl(argv: Sequence[str] | None = None) -> int:
     lookup.add_argument("table", help="name of the table")
     lookup.add_argument("keys", nargs="+", type=int, metavar="KEY", help="unsigned 64-bit keys")
     verify = verbs.add_parser("verify", help="read segment files and compare every checksum")
-    verify.add_argument("paths", nargs="+", metavar="PATH", help="segment files, or directories to search for them")
+    verify.add_argument("paths", nargs="+", metavar="PATH", help="stores, or directories to search for them")
     args = parser.parse_args(argv)
     work = {"status": _status, "lookup": _lookup, "verify": _verify}[args.verb]
     return guarded("cube-ctl", lambda: work(args))
@@ -300,7 +300,7 @@ def _lookup(args: argparse.Namespace) -> int:
                 raise BadConfig("table", repr(args.table), f"one of {', '.join(newest)}")
             v = newest[args.table]
             version = Version(v.version.base, v.version.delta)
-            await client.open({args.table: (version, v.dim)}, wait_s=2.0)
+            await client.open({args.table: (version, v.dim)}, wait_s=2.0, absent_zeros=False)
             return version, await client.gather(args.table, version, np.array(args.keys, np.uint64), timeout_s=2.0)
         finally:
             await client.close()
@@ -319,30 +319,36 @@ def _lookup(args: argparse.Namespace) -> int:
 
 
 def _verify(args: argparse.Namespace) -> int:
-    files = [
-        file for path in map(Path, args.paths) for file in (sorted(path.rglob("*.seg")) if path.is_dir() else [path])
+    suffixes = {engine.suffix for engine in ENGINES.values()}
+    stores = [
+        store
+        for path in map(Path, args.paths)
+        for store in ([path] if path.suffix in suffixes else sorted(p for p in path.rglob("*") if p.suffix in suffixes))
+        if not any(part.startswith(".") for part in store.relative_to(path).parts)  # builds under way
     ]
-    if not files:
-        raise BadConfig(", ".join(args.paths), "no segment files", "*.seg files")
+    if not stores:
+        raise BadConfig(", ".join(args.paths), "no stores", "files of cube-build, or directories with some")
     shown = []
-    total = sum(file.stat().st_size for file in files)
-    with tqdm(total=total, unit="B", unit_scale=True, desc="verify", disable=None) as bar:
-        for file in files:
-            segment = Segment(file)
-            segment.verify(bar.update)
-            about = segment.about
-            shown.append(
-                {
-                    "file": str(file),
-                    "table": about.table,
-                    "version": str(about.version),
-                    "rows": len(segment),
-                    "format": about.row_format.text,
-                    "ok": True,
-                }
-            )
-    _show(shown, args.json)
-    return 0
+    with tqdm(unit="B", unit_scale=True, desc="verify", disable=None) as bar:
+        for path in stores:
+            facts: dict[str, Any] = {"file": str(path), "ok": False, "found": ""}
+            try:
+                store = open_store(path)
+                about = store.about
+                facts |= {"table": about.table, "version": str(about.version), "rows": len(store)}
+                facts |= {"format": about.row_format.text}
+                if store.capabilities.verify:
+                    store.verify(bar.update)
+                    facts["ok"] = True
+                else:
+                    facts["found"] = "no checksums to compare"
+            except DataCorrupt as error:
+                facts["found"] = str(error)
+                print(f"cube-ctl: {error}", file=sys.stderr)
+            shown.append(facts)
+    columns = ("file", "table", "version", "rows", "format", "ok", "found")
+    _show([{name: facts.get(name, "") for name in columns} for facts in shown], args.json)
+    return 0 if all(facts["ok"] or facts["found"] == "no checksums to compare" for facts in shown) else 1
 
 
 def _show(rows: list[dict[str, Any]], as_json: bool) -> None:

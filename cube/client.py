@@ -34,10 +34,11 @@ class Rows(NamedTuple):
 class Cube(Protocol):
     """What a predictor needs of a cube."""
 
-    async def open(self, tables: Mapping[str, tuple[Version, int]], wait_s: float) -> None:
+    async def open(self, tables: Mapping[str, tuple[Version, int]], wait_s: float, absent_zeros: bool = True) -> None:
         """Check that every shard has these versions (and dims) of these tables, waiting up to `wait_s` for shards.
 
-        Raises BadConfig for a table, version or dim that is not there, ShardUnavailable for a shard that is not.
+        Raises BadConfig for a table, version or dim that is not there, and where absent keys do not read zeros unless
+        `absent_zeros` is False; ShardUnavailable for a shard that is not there.
         """
 
     async def gather(self, table: str, version: Version, keys: NDArray[np.uint64], timeout_s: float) -> Rows:
@@ -62,9 +63,9 @@ class LocalCube:
     def __str__(self) -> str:
         return f"local cube {self._data}"
 
-    async def open(self, tables: Mapping[str, tuple[Version, int]], wait_s: float) -> None:
+    async def open(self, tables: Mapping[str, tuple[Version, int]], wait_s: float, absent_zeros: bool = True) -> None:
         for shard, there in enumerate(self._tables):
-            _check(tables, _described(there), f"local cube {self._data} shard {shard}")
+            _check(tables, _described(there), f"local cube {self._data} shard {shard}", absent_zeros)
         self._verification.start()
 
     async def gather(self, table: str, version: Version, keys: NDArray[np.uint64], timeout_s: float) -> Rows:
@@ -105,16 +106,17 @@ class RemoteCube:
     def shards(self) -> int:
         return len(self._channels)
 
-    async def open(self, tables: Mapping[str, tuple[Version, int]], wait_s: float) -> None:
+    async def open(self, tables: Mapping[str, tuple[Version, int]], wait_s: float, absent_zeros: bool = True) -> None:
         statuses = await asyncio.gather(*(self.status(shard, wait_s) for shard in range(len(self._channels))))
         for shard, (status, channel) in enumerate(zip(statuses, self._channels, strict=True)):
             found, expected = f"shard {status.shard} of {status.shards}", f"shard {shard} of {len(self._channels)}"
             if found != expected:
                 raise BadConfig(f"cube endpoint {channel.target}", found, expected)
             there = {
-                t.table: {Version(v.version.base, v.version.delta): v.dim for v in t.versions} for t in status.tables
+                t.table: {Version(v.version.base, v.version.delta): (v.dim, v.default_row) for v in t.versions}
+                for t in status.tables
             }
-            _check(tables, there, f"cube shard {shard} at {channel.target}")
+            _check(tables, there, f"cube shard {shard} at {channel.target}", absent_zeros)
         self._dims |= {name: dim for name, (_, dim) in tables.items()}
 
     async def status(self, shard: int, wait_s: float) -> pb.StatusReply:
@@ -218,11 +220,20 @@ def _looked_up(table: Table, version: Version | None, keys: NDArray[np.uint64]) 
     return Rows(rows, found)
 
 
-def _described(tables: Mapping[str, Table]) -> dict[str, dict[Version, int]]:
-    return {name: {s.about.version: s.about.dim for s in table.stores} for name, table in tables.items()}
+def _described(tables: Mapping[str, Table]) -> dict[str, dict[Version, tuple[int, bool]]]:
+    """Of each version: elements of a row, and whether absent keys read another row than zeros."""
+    return {
+        name: {s.about.version: (s.about.dim, bool(s.about.default_row)) for s in table.stores}
+        for name, table in tables.items()
+    }
 
 
-def _check(wanted: Mapping[str, tuple[Version, int]], there: Mapping[str, Mapping[Version, int]], place: str) -> None:
+def _check(
+    wanted: Mapping[str, tuple[Version, int]],
+    there: Mapping[str, Mapping[Version, tuple[int, bool]]],
+    place: str,
+    absent_zeros: bool,
+) -> None:
     """Raise BadConfig unless every wanted table is there in the wanted version and dim."""
     for name, (version, dim) in wanted.items():
         if name not in there:
@@ -234,7 +245,8 @@ def _check(wanted: Mapping[str, tuple[Version, int]], there: Mapping[str, Mappin
             raise BadConfig(
                 f"{place} table {name!r}", f"versions {versions}", f"{version}, which the model was trained with"
             )
-        if there[name][version] != dim:
-            raise BadConfig(
-                f"{place} table {name!r}", f"rows of {there[name][version]} elements", f"{dim}, as the model reads"
-            )
+        found, has_default_row = there[name][version]
+        if found != dim:
+            raise BadConfig(f"{place} table {name!r}", f"rows of {found} elements", f"{dim}, as the model reads")
+        if has_default_row and absent_zeros:  # or scores would not be those of the program
+            raise BadConfig(f"{place} table {name!r}", "a default row for absent keys", "zeros, as the model reads")

@@ -18,11 +18,21 @@ from numba.extending import intrinsic
 
 U = np.uint64
 
+_HERE = Path(__file__).parent
+_INLINED = tuple(
+    (file.stat().st_mtime_ns, file.stat().st_size)
+    for file in (_HERE / "kernels.py", _HERE / "rows.py", _HERE / "keys.py", _HERE / "storage" / "index.py")
+)
+
 
 def kernel(function: Callable[..., Any]) -> Any:
     """Compile on first call, keep on disk, run without the GIL."""
     try:
-        return njit(nogil=True, cache=True)(function)
+        compiled: Any = njit(nogil=True, cache=True)(function)
+        # numba looks at a kernel's own file only, but helpers of these are inlined into kernels of others
+        kept = compiled._cache._cache_file
+        kept._source_stamp = (kept._source_stamp, _INLINED)
+        return compiled
     except RuntimeError:  # no place to keep it: a read-only installation, a user without a home. Every start compiles
         return njit(nogil=True)(function)
 
@@ -116,7 +126,7 @@ def warm(kernels: list[Any], run: Callable[[], object], say: Callable[[str], Non
         say(f"compiling {len(cold)} kernels, once per installation (NUMBA_CACHE_DIR says where they are kept)")
     begin = time.perf_counter()
     run()
-    if cold:
+    if cold or any(k.stats.cache_misses for k in kernels):  # kept, but for other arguments or older sources
         say(f"compiled in {time.perf_counter() - begin:.1f} s")
 
 

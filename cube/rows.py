@@ -6,8 +6,9 @@
     I8     scale float32, bias float32, dim uint8 q: x = q * scale + bias, each operation rounded to float32
            (row-wise 8-bit quantisation as in fbgemm: scale = (max - min) / 255, bias = min)
 
-An I8 element is off by at most scale / 2, besides float32's own rounding. A constant row has scale 0 and is exact. A
-row with a NaN or an infinity anywhere becomes NaN everywhere in I8, which has no way to say which element it was.
+An I8 element is off by at most scale / 2, besides float32's own rounding (a spread below 2e-43 is rounded to none). A
+constant row has scale 0 and is exact, but for the sign of a zero. A row with a NaN or an infinity anywhere becomes
+NaN everywhere in I8, which has no way to say which element it was.
 
 Decoding is fused with the copy that puts a row where it is wanted: `put_row` is inlined by the kernels that move rows.
 """
@@ -303,8 +304,10 @@ def not_finite(row_format: RowFormat, raw: NDArray[np.uint8], dim: int) -> int:
 
 def check_offsets(place: str, offsets: NDArray[np.int64], values: int) -> None:
     """Raise BadRequest unless offsets (int64[bags + 1]) run from 0 to `values` and never fall."""
-    if offsets.size < 1 or offsets[0] != 0 or offsets[-1] != values or (np.diff(offsets) < 0).any():
-        raise BadRequest(place, f"offsets {offsets[:8].tolist()}…", f"numbers that never fall, from 0 to {values}")
+    fits = offsets.dtype == np.int64 and offsets.ndim == 1 and offsets.size >= 1
+    if not fits or offsets[0] != 0 or offsets[-1] != values or (offsets[1:] < offsets[:-1]).any():
+        found = f"{offsets.dtype} offsets {offsets.reshape(-1)[:8].tolist()}…"
+        raise BadRequest(place, found, f"int64 numbers that never fall, from 0 to {values}")
 
 
 def flat(array: NDArray[Any]) -> NDArray[np.uint8]:

@@ -75,6 +75,7 @@ class CubeService:
                     row_format=about.row_format.text,
                     engine=type(store).__name__,
                     verified=store.checked,
+                    default_row=bool(about.default_row),
                 )
         return reply.SerializeToString()
 

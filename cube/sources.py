@@ -64,6 +64,7 @@ class Source(ABC):
 
     files: list[SourceFile]  # as they are read; Cursor.file counts them
     dim: int  # elements of a row; 0 where no file has a row or says how wide one would be
+    read_as: str = ""  # what else decides which rows come out: the columns asked for
     most_rows: int  # there are no more rows than this: from headers and sizes, without reading the rows
 
     @abstractmethod
@@ -100,7 +101,7 @@ def open_source(
             tables.append(table)
     if not tables:
         raise BadData("paths", "none", "at least one file of rows")
-    return _Tables(tables)
+    return _Tables(tables, f"{key_column}, {row_column}")
 
 
 # What file systems call the version of a file's content, the surest first.
@@ -233,7 +234,8 @@ class _Table(ABC):
 
 
 class _Tables(Source):
-    def __init__(self, tables: list[_Table]):
+    def __init__(self, tables: list[_Table], read_as: str):
+        self.read_as = read_as
         self._tables = tables
         self.files = [
             SourceFile(t.url, sum(f.size for f in t.parts), " ".join(f.version for f in t.parts)) for t in tables

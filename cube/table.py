@@ -76,9 +76,17 @@ def open_tables(data: Path, shard: int, shards: int, keep_versions: int = 2) -> 
 
 
 def shards_in(data: Path) -> int:
-    """How many shards the tables under `data` were built for, read off file names; 1 if there are none."""
-    names = (_SHARDS_IN_NAME.fullmatch(path.name) for path in sorted(data.glob("*/*@*/*-of-*")))
-    return next((int(name[1]) for name in names if name), 1)
+    """How many shards the newest version under `data` was built for, read off file names; 1 if there is none."""
+    found = [
+        (version, int(name[1]))
+        for directory in data.glob("[!.]*")
+        if directory.is_dir()
+        for version in map(_version_of, directory.iterdir())
+        if version
+        for name in (_SHARDS_IN_NAME.fullmatch(path.name) for path in (directory / str(version)).iterdir())
+        if name
+    ]
+    return max(found, default=(None, 1))[1]
 
 
 def _version_of(path: Path) -> Version | None:
@@ -140,6 +148,8 @@ class Verification:
                 return
             except DataCorrupt as error:
                 log.error("table %s %s is corrupt and no longer served: %s", about.table, about.version, error)
+            except Exception:
+                log.exception("table %s %s could not be verified", about.table, about.version)
             else:
                 seconds = time.monotonic() - begin
                 log.info("table %s %s verified in %.1f s", about.table, about.version, seconds)

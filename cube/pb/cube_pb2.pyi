@@ -79,13 +79,14 @@ class TableStatus(_message.Message):
     def __init__(self, table: _Optional[str] = ..., versions: _Optional[_Iterable[_Union[TableVersion, _Mapping]]] = ..., keys_found: _Optional[int] = ..., keys_absent: _Optional[int] = ...) -> None: ...
 
 class TableVersion(_message.Message):
-    __slots__ = ("version", "dim", "keys", "file_bytes", "row_format", "engine", "verified")
+    __slots__ = ("version", "dim", "keys", "file_bytes", "row_format", "engine", "default_row", "verified")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     DIM_FIELD_NUMBER: _ClassVar[int]
     KEYS_FIELD_NUMBER: _ClassVar[int]
     FILE_BYTES_FIELD_NUMBER: _ClassVar[int]
     ROW_FORMAT_FIELD_NUMBER: _ClassVar[int]
     ENGINE_FIELD_NUMBER: _ClassVar[int]
+    DEFAULT_ROW_FIELD_NUMBER: _ClassVar[int]
     VERIFIED_FIELD_NUMBER: _ClassVar[int]
     version: Version
     dim: int
@@ -93,5 +94,6 @@ class TableVersion(_message.Message):
     file_bytes: int
     row_format: str
     engine: str
+    default_row: bool
     verified: str
-    def __init__(self, version: _Optional[_Union[Version, _Mapping]] = ..., dim: _Optional[int] = ..., keys: _Optional[int] = ..., file_bytes: _Optional[int] = ..., row_format: _Optional[str] = ..., engine: _Optional[str] = ..., verified: _Optional[str] = ...) -> None: ...
+    def __init__(self, version: _Optional[_Union[Version, _Mapping]] = ..., dim: _Optional[int] = ..., keys: _Optional[int] = ..., file_bytes: _Optional[int] = ..., row_format: _Optional[str] = ..., engine: _Optional[str] = ..., default_row: _Optional[bool] = ..., verified: _Optional[str] = ...) -> None: ...

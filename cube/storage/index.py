@@ -337,16 +337,18 @@ def build(keys: NDArray[np.uint64], rows: NDArray[np.uint8], stride: int) -> Par
     """Lay one partition out. keys: uint64[n], distinct; rows: uint8[n, row_bytes]; stride: bytes of a place."""
     if keys.size == 0:
         return _empty(stride)
-    buckets, places = max(1, int(keys.size / KEYS_PER_BUCKET)), int(keys.size / LOAD) + 1
-    pilots, block = np.zeros(buckets, np.uint16), np.zeros(places * stride, np.uint8)
-    for multiplier in _MULTIPLIERS:
-        facts = described(np.array([[0, 0, places, buckets, multiplier]], np.uint64))[0]
-        if _find_pilots(keys, places, facts[3], facts[4], facts[5], facts[6], pilots):
-            break
-    else:
-        raise AssertionError(f"no multiplier gives {keys.size} distinct keys places of their own")
-    _fill(keys, flat(rows), U(stride), facts, pilots, block)
-    return Partition(keys.size, places, multiplier, pilots, block)
+    # few buckets are uneven: one of them may get more keys than any pilot sends apart
+    buckets, places = max(min(keys.size, 16), int(keys.size / KEYS_PER_BUCKET)), int(keys.size / LOAD) + 1
+    block = np.zeros(places * stride, np.uint8)
+    while buckets < 1 << 31:  # ends: with more and more buckets they come to hold a key each
+        for multiplier in _MULTIPLIERS[:2]:
+            pilots = np.zeros(buckets, np.uint16)
+            facts = described(np.array([[0, 0, places, buckets, multiplier]], np.uint64))[0]
+            if _find_pilots(keys, places, facts[3], facts[4], facts[5], facts[6], pilots):
+                _fill(keys, flat(rows), U(stride), facts, pilots, block)
+                return Partition(keys.size, places, multiplier, pilots, block)
+        buckets *= 2
+    raise AssertionError(f"no pilots give {keys.size} distinct keys places of their own")
 
 
 def _empty(stride: int) -> Partition:
@@ -363,7 +365,9 @@ def described(facts: NDArray[np.uint64]) -> NDArray[np.uint64]:
     facts: uint64[n, 5]: places_start, pilots_start, places, buckets, multiplier. Returns uint64[n, 8]: places_start,
     pilots_start, places, dense, dense_scale, sparse_scale, multiplier, 0.
     """
-    out = np.zeros((len(facts), 8), np.uint64)
+    room = np.zeros(len(facts) * 8 + 7, np.uint64)
+    first = -room.ctypes.data % 64 // 8
+    out = room[first : first + len(facts) * 8].reshape(-1, 8)
     buckets = facts[:, 3]
     dense = buckets * U(3) // U(10)
     out[:, :3], out[:, 3], out[:, 6] = facts[:, :3], dense, facts[:, 4]
@@ -415,6 +419,7 @@ def _run(
 ) -> int:  # fmt: skip
     data, places_offset, stride, partitions, pilots_offset, default_at = places
     bags = keys.size if offsets is None else offsets.size - 1
+    keys = np.ascontiguousarray(keys)  # a kernel is compiled anew for every other layout
     tags, slots, arena = overlay or (None, None, None)
     if (
         keys.dtype != np.uint64

@@ -139,7 +139,7 @@ class OverlaidSegment(Store):
     def snapshot(self) -> "OverlaidSegment":
         """The same rows, never to see later changes of this one, nor this one its."""
         copy = OverlaidSegment(self._base)
-        copy._state = self._state
+        copy._state, copy.checked = self._state, self.checked
         return copy
 
     def read(self, keys: NDArray[np.uint64], rows: NDArray[np.uint8], found: NDArray[np.bool_]) -> int:
@@ -174,8 +174,13 @@ class OverlaidSegment(Store):
             yield block[:, :8].copy().view(np.uint64).reshape(-1), block[:, 8 : 8 + self.about.row_bytes]
 
     def verify(self, progress: Callable[[int], object] = lambda bytes_read: None) -> None:
-        self._base.verify(progress)
-        self.checked = self._base.checked
+        try:
+            self._base.verify(progress)
+        finally:
+            self.checked = self._base.checked
+
+    def load(self) -> None:
+        self._base.load()
 
     def _change(self, keys: NDArray[np.uint64], raw: NDArray[np.uint8] | None) -> None:
         """Set (raw: uint8[n, row_bytes]) or delete (None) the rows of keys."""
@@ -214,7 +219,7 @@ class OverlaidSegment(Store):
         slots = _FIRST_SLOTS
         while slots < need * _SLOTS_PER_KEY:
             slots *= 2
-        arena = _Arena(max(slots // _SLOTS_PER_KEY, need), self._stride, state.changed)
+        arena = _Arena(need + max(need // 2, _FIRST_SLOTS // 2), self._stride, state.changed)
         hashed = Overlay(np.zeros(slots + 7, np.uint8), np.zeros(slots, np.uint32), arena.data)
         _move(*state.hashed, U(self._stride), *hashed)
         return state._replace(hashed=hashed, arena=arena)
@@ -222,6 +227,6 @@ class OverlaidSegment(Store):
 
 def _empty(base: Segment) -> _State:
     stride = base.header.stride
-    arena = _Arena(_FIRST_SLOTS // _SLOTS_PER_KEY, stride)
+    arena = _Arena(_FIRST_SLOTS // 2, stride)
     hashed = Overlay(np.zeros(_FIRST_SLOTS + 7, np.uint8), np.zeros(_FIRST_SLOTS, np.uint32), arena.data)
     return _State(hashed, arena, 0, len(base))

@@ -185,7 +185,8 @@ class RedisWriter(Writer):
         facts = [(bucket, [b"SET", name, b"%d" % count]) for bucket, (name, count) in enumerate(counts)]
         self._servers.ask([*facts, (0, [b"SET", self._names.about, self._about.encode()])], _follow)
         place = Place(self._url, self._prefix, msgspec.Raw(self._about.encode()))
-        with self._path.open("xb") as file:
+        self._path.touch(mode=0o600, exist_ok=False)  # the URL may hold a password
+        with self._path.open("wb") as file:
             file.write(msgspec.json.format(msgspec.json.encode(place)) + b"\n")
             file.flush()
             os.fsync(file.fileno())

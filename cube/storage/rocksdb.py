@@ -73,6 +73,7 @@ class RocksdbStore(Store):
         return self._count
 
     def read(self, keys: NDArray[np.uint64], rows: NDArray[np.uint8], found: NDArray[np.bool_]) -> int:
+        self._refuse_if_corrupt()
         if not keys.size:
             return 0
         order = np.argsort(keys)
@@ -98,17 +99,14 @@ class RocksdbStore(Store):
 
         A damaged Bloom filter stays unnoticed: RocksDB does without it, and no answer is wrong, only some slower.
         """
-        before, self.checked, count = self.checked, "running", 0
+        before, self.checked = self.checked, "running"
         try:
             with closing(self._opened(writable=False)) as db:  # the open one need not compare again what it has read
                 for keys, rows in self._scan(db, _BATCH):
-                    count += keys.size
                     progress(keys.nbytes + rows.nbytes)
-            if count != self._count:
-                raise DataCorrupt(str(self._path), f"{count} rows", f"the {self._count} that it counts")
             self.checked = "yes"
-        except DataCorrupt:
-            self.checked = "corrupt"
+        except DataCorrupt as error:
+            self._set_corrupt(error)
             raise
         finally:
             if self.checked == "running":  # progress wanted it stopped
@@ -140,11 +138,14 @@ class RocksdbStore(Store):
     def _scan(self, db: Rdict, batch: int) -> Iterator[tuple[NDArray[np.uint64], NDArray[np.uint8]]]:
         options = ReadOptions()
         options.set_iterate_upper_bound(_AFTER_KEYS)
-        items = db.items(read_opt=options)
+        items, left = db.items(read_opt=options), self._count
         while True:
             with self._checked():
                 some = list(itertools.islice(items, batch))
+            left -= len(some)
             if not some:
+                if left:  # the iterator ends at a bad block as if it were the last
+                    raise DataCorrupt(str(self._path), f"{self._count - left} rows", f"the {self._count} it counts")
                 return
             keys, values = zip(*some, strict=True)
             yield keys_of(keys), rows_of(str(self._path), self.about, list(values))

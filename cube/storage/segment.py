@@ -3,6 +3,7 @@
 Written once, front to back; mapped by its readers. The bytes are specified in FORMAT.md.
 """
 
+import contextlib
 import mmap
 import os
 import struct
@@ -18,7 +19,7 @@ from cube.errors import DataCorrupt
 from cube.keys import SHARD_RULE_MIX
 from cube.rows import RowFormat
 from cube.storage import index
-from cube.storage.store import About, Capabilities, Store, Writer
+from cube.storage.store import About, Capabilities, Store, Writer, check_buffer
 from cube.version import Version
 
 MAGIC, FORMAT_VERSION, INDEX_RULE = b"CUBESEG\n", 2, 2
@@ -219,7 +220,7 @@ class Segment(Store):
         self._places = index.Places(
             data, PAGE, header.stride, _partitions(header, data, str(path)), header.pilots_offset, at
         )
-        self._corrupt: DataCorrupt | None = None  # set once, by whichever thread verifies
+        self._mapped = True
 
     def __len__(self) -> int:
         return self.header.keys
@@ -228,26 +229,29 @@ class Segment(Store):
         self, keys: NDArray[np.uint64], rows: NDArray[np.uint8], found: NDArray[np.bool_],
         over: index.Overlay | None = None,
     ) -> int:  # fmt: skip
-        self._check()
+        self._refuse_if_corrupt()
+        check_buffer(rows, (keys.size, self.about.row_bytes), np.uint8)
         return index.read(self._places, over, self.about.row_bytes, keys, rows, found)
 
     def lookup(
         self, keys: NDArray[np.uint64], out: NDArray[np.float32], found: NDArray[np.bool_],
         over: index.Overlay | None = None,
     ) -> int:  # fmt: skip
-        self._check()
+        self._refuse_if_corrupt()
+        check_buffer(out, (keys.size, self.about.dim), np.float32)
         return index.lookup(self._places, over, self.about.row_format, keys, out, found)
 
     def pooled(
         self, keys: NDArray[np.uint64], offsets: NDArray[np.int64], mean: bool, out: NDArray[np.float32],
         found: NDArray[np.bool_], over: index.Overlay | None = None,
     ) -> int:  # fmt: skip
-        self._check()
+        self._refuse_if_corrupt()
+        check_buffer(out, (max(offsets.size - 1, 0), self.about.dim), np.float32)
         return index.pooled(self._places, over, self.about.row_format, keys, offsets, mean, out, found)
 
     def scan(self, batch: int = 65536) -> Iterator[tuple[NDArray[np.uint64], NDArray[np.uint8]]]:
         """In order of place."""
-        self._check()
+        self._refuse_if_corrupt()
         stride, row_bytes = self.header.stride, self.about.row_bytes
         places = self._places.data[PAGE : PAGE + self.header.places * stride].reshape(-1, stride)
         for start in range(0, self.header.places, batch):
@@ -260,12 +264,13 @@ class Segment(Store):
         """Copy the file to huge pages: a lookup then seldom misses the processor's table of pages, too."""
         size = self.header.file_bytes
         memory = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        memory.madvise(mmap.MADV_HUGEPAGE)
+        with contextlib.suppress(OSError):  # a kernel without huge pages
+            memory.madvise(mmap.MADV_HUGEPAGE)
         self._map.madvise(mmap.MADV_SEQUENTIAL)
         data = np.frombuffer(memory, np.uint8)
         data[:] = self._places.data
         self._map.madvise(mmap.MADV_RANDOM)
-        self._places = self._places._replace(data=data)
+        self._places, self._mapped = self._places._replace(data=data), False
 
     def verify(self, progress: Callable[[int], object] = lambda bytes_read: None) -> None:
         """Read every block and compare checksums; raises DataCorrupt naming the block, and lookups do from then on.
@@ -283,7 +288,7 @@ class Segment(Store):
             for block, expected in enumerate(want.tolist()):
                 start = PAGE + block * BLOCK_BYTES
                 end = min(start + BLOCK_BYTES, header.checksums_offset)
-                if block % 16 == 0:  # the mapping is advised against reading ahead
+                if self._mapped and block % 16 == 0:  # the mapping is advised against reading ahead
                     self._map.madvise(mmap.MADV_WILLNEED, start, min(32 * BLOCK_BYTES, header.file_bytes - start))
                 if (found_crc := zlib.crc32(view[start:end])) != expected:
                     place = f"{self.path} block {block} (byte {start})"
@@ -291,15 +296,11 @@ class Segment(Store):
                 progress(end - start)
             self.checked = "yes"
         except DataCorrupt as error:
-            self._corrupt, self.checked = error, "corrupt"
+            self._set_corrupt(error)
             raise
         finally:
             if self.checked == "running":  # progress wanted it stopped
                 self.checked = before
-
-    def _check(self) -> None:
-        if self._corrupt is not None:
-            raise self._corrupt
 
 
 def _partitions(header: Header, data: NDArray[np.uint8], where: str) -> NDArray[np.uint64]:
@@ -312,7 +313,13 @@ def _partitions(header: Header, data: NDArray[np.uint8], where: str) -> NDArray[
     starts_fit = (facts["places_start"] == np.cumsum(places) - places).all()
     pilots_fit = (facts["pilots_start"] == np.cumsum(buckets) - buckets).all()
     totals = (int(places.sum()), int(buckets.sum()))
-    if not (starts_fit and pilots_fit and totals == (header.places, header.buckets) and (buckets >= 1).all()):
+    if not (
+        starts_fit
+        and pilots_fit
+        and totals == (header.places, header.buckets)
+        and (buckets >= 1).all()
+        and (places >= 1).all()
+    ):
         raise DataCorrupt(f"{where} partitions", "sections that do not follow each other", "the layout of FORMAT.md")
     columns = ("places_start", "pilots_start", "places", "buckets", "multiplier")
     return index.described(np.stack([facts[name].astype(np.uint64) for name in columns], axis=1))

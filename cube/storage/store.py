@@ -67,6 +67,16 @@ class Store(ABC):
     file_bytes = 0  # of the files that hold the rows; 0 where they are elsewhere
     checked = "no"  # what verify came to: "no", "running", "yes" or "corrupt"; set by the thread that verifies
 
+    _corrupt: DataCorrupt | None = None  # set once, by whichever thread verifies
+
+    def _set_corrupt(self, error: DataCorrupt) -> None:
+        """From now on lookups raise what verify found."""
+        self._corrupt, self.checked = error, "corrupt"
+
+    def _refuse_if_corrupt(self) -> None:
+        if self._corrupt is not None:
+            raise self._corrupt
+
     @abstractmethod
     def read(self, keys: NDArray[np.uint64], rows: NDArray[np.uint8], found: NDArray[np.bool_]) -> int:
         """Write the rows of keys (uint64[n], any order, repeats allowed) as they are stored.
@@ -82,6 +92,7 @@ class Store(ABC):
     def lookup(self, keys: NDArray[np.uint64], out: NDArray[np.float32], found: NDArray[np.bool_]) -> int:
         """`read`, decoded: out is float32[n, dim], C order."""
         about = self.about
+        check_buffer(out, (keys.size, about.dim), np.float32)
         if about.row_format is RowFormat.F32:
             return self.read(keys, out.view(np.uint8), found)
         raw = np.empty((keys.size, about.row_bytes), np.uint8)
@@ -104,6 +115,7 @@ class Store(ABC):
         zeros. Returns how many keys are absent.
         """
         check_offsets("offsets", offsets, keys.size)
+        check_buffer(out, (offsets.size - 1, self.about.dim), np.float32)
         raw = np.empty((keys.size, self.about.row_bytes), np.uint8)
         absent = self.read(keys, raw, found)
         pool(self.about.row_format, raw, offsets, mean, out)
@@ -160,6 +172,13 @@ class Engine(NamedTuple):
     suffix: str  # what their names end with in a version's directory
     open: Callable[[Path, bool], Store]  # where it is; whether it will be written to. Raises Unimplemented, DataCorrupt
     write: Callable[[Path, About, int, str], Writer]  # place, facts, number of partitions, URL of a server or ""
+
+
+def check_buffer(buffer: NDArray[Any], shape: tuple[int, int], dtype: type) -> None:
+    """Raise ValueError for a buffer that is not as a lookup will fill it: kernels write to addresses."""
+    if buffer.shape != shape or buffer.dtype != dtype or not buffer.flags.c_contiguous:
+        found = f"{buffer.dtype} with shape {buffer.shape}"
+        raise ValueError(f"a buffer: found {found}, expected {np.dtype(dtype).name} with shape {shape} in C order")
 
 
 def checked_rows(about: About, keys: NDArray[np.uint64], rows: NDArray[np.float32]) -> NDArray[np.uint8]:

@@ -17,6 +17,7 @@ from cube.client import LocalCube
 from cube.errors import BadConfig, BadData
 from cube.publish import publishing
 from cube.rows import RowFormat
+from cube.sources import open_source
 from cube.storage import segment
 from cube.version import Version
 
@@ -229,7 +230,7 @@ def test_readers_see_no_version_or_a_whole_one_wherever_the_disk_is_full(tmp_pat
 
 def test_readers_see_no_version_or_a_whole_one_wherever_a_build_is_killed(tmp_path, monkeypatch, in_small_steps):
     keys = np.arange(2500, dtype=np.uint64) % np.uint64(2000)
-    for n in itertools.count(0, 3):
+    for n in itertools.count():
         data = tmp_path / str(n)
         child = os.fork()
         if child == 0:  # dies in the middle, or says by its status that it came to an end
@@ -312,6 +313,95 @@ def test_after_a_crash_of_the_machine_a_build_begins_anew(tmp_path, in_small_ste
     (work / "run-000000").write_bytes(b"what was not forced to disk")
     (work / "plan.json").write_bytes(b"")
     assert built(tmp_path, "t", Version(1), *rows_of([1])).keys_by_shard == [1]
+
+
+def test_a_kill_between_publishing_and_clearing_up_leaves_nothing_to_go_on_from(tmp_path, monkeypatch):
+    def killed(work):
+        (work / "plan.json").unlink()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(build, "_clear", killed)
+        with pytest.raises(KeyboardInterrupt):
+            built(tmp_path, "t", Version(1), *rows_of([1, 2, 3]))
+    shutil.rmtree(tmp_path / "t" / "1@0")
+    assert built(tmp_path, "t", Version(1), *rows_of([1, 2, 3])).keys_by_shard == [3]
+    assert LocalCube(tmp_path).rows("t", None, np.array([1, 2, 3], np.uint64)).found.all()
+
+
+def test_a_finished_shard_whose_file_is_gone_is_built_again(tmp_path, monkeypatch):
+    def failing(*_):
+        raise OSError(5, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(build, "publish", failing)
+        with pytest.raises(OSError, match="Input/output"):
+            built(tmp_path, "t", Version(1), *rows_of([1, 2, 3]), shards=2)
+    (tmp_path / "t" / ".1@0.build" / "out" / "0-of-2.seg").unlink()
+    built(tmp_path, "t", Version(1), *rows_of([1, 2, 3]), shards=2)
+    assert LocalCube(tmp_path).rows("t", None, np.array([1, 2, 3], np.uint64)).found.all()
+
+
+def test_what_was_read_outlives_a_source_that_fails(tmp_path, in_small_steps):
+    keys, rows = rows_of(range(5000))
+    (tmp_path / "rows").mkdir()
+    np.save(tmp_path / "rows" / "keys.npy", keys)
+    np.save(tmp_path / "rows" / "rows.npy", rows)
+    source = open_source([str(tmp_path / "rows")])
+    whole, batches = source.batches, []
+
+    def failing(start, most):
+        batches.append(start.at)
+        for batch in whole(start, most):
+            if batch.cursor.at > 3500 and len(batches) == 1:
+                raise BadData("rows.npy", "connection reset", "more rows")
+            yield batch
+
+    source.batches = failing
+    with pytest.raises(BadData, match="connection reset"):
+        build.build(source, tmp_path, "t", Version(1))
+    assert build.build(source, tmp_path, "t", Version(1)).keys_by_shard == [5000]
+    assert batches[0] == 0 < batches[1]
+
+
+def test_a_build_goes_on_with_other_memory_and_workers_but_not_with_other_columns(
+    tmp_path, in_small_steps, monkeypatch
+):
+    keys, rows = rows_of(range(3000))
+
+    class Dying(Arrays):
+        def batches(self, start, most):
+            yield next(super().batches(start, most))
+            raise OSError(5, "Input/output error")
+
+    with pytest.raises(OSError, match="Input/output"):
+        build.build(Dying(keys, rows), tmp_path, "t", Version(1), build.Options(workers=1))
+    other = Arrays(keys, rows)
+    other.read_as = "other, columns"
+    with pytest.raises(BadConfig, match=r"\(other read_as\)"):
+        build.build(other, tmp_path, "t", Version(1))
+    monkeypatch.setattr(build, "_rows_in_memory", lambda options, row_bytes, spare: 5000)
+    assert built(tmp_path, "t", Version(1), keys, rows, workers=3).keys_by_shard == [3000]
+    header = segment.Segment(tmp_path / "t" / "1@0" / "0-of-1.seg").header
+    assert header.partitions == 5  # as the first build had planned
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"row_format": RowFormat.F16, "default_row": (70000.0, 0.0)}, "found 70000.0, expected a number within"),
+        ({"engine": "redis"}, "url: found none, expected one of the server"),
+        ({"url": "redis://user:secret@host"}, "url: found one, expected none: segment has no server"),
+    ],
+)
+def test_mistakes_are_found_before_anything_is_read(tmp_path, options, message):
+    class Unread(Arrays):
+        def batches(self, start, most):
+            raise AssertionError("read")
+
+    with pytest.raises((BadData, BadConfig), match=message) as raised:
+        build.build(Unread(*rows_of([1])), tmp_path, "t", Version(1), build.Options(**options))
+    assert "secret" not in str(raised.value)
 
 
 def test_ctrl_c_stops_a_build_and_the_next_one_goes_on(tmp_path):

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -136,6 +137,23 @@ def test_ctl_verifies_files(data, command):
     assert done.returncode == 1
     assert "1-of-2.seg block 0" in done.stderr
     assert command("cube-ctl", "verify", data.parent / "nowhere").returncode == 1
+
+
+def test_ctl_verifies_every_file_and_says_of_each_what_it_found(data, command):
+    built(data, "u", Version(1), np.arange(10), np.ones((10, 2)), engine="lmdb")
+    built(data, "v", Version(1), np.arange(10), np.ones((10, 2)), engine="rocksdb")
+    path = data / "t" / "1@0" / "0-of-2.seg"
+    path.write_bytes(path.read_bytes()[:-1])
+    (data / "t" / ".2@0.build").mkdir()
+    (data / "t" / ".2@0.build" / "shard.seg").write_bytes(b"half")
+    done = command("cube-ctl", "--json", "verify", data)
+    shown = {Path(row["file"]).name: row for row in json.loads(done.stdout)}
+    assert done.returncode == 1
+    assert {name: row["ok"] for name, row in shown.items()} == {
+        "0-of-2.seg": False, "1-of-2.seg": True, "0-of-1.lmdb": False, "0-of-1.rocksdb": True,
+    }  # fmt: skip
+    assert "truncated copy?" in shown["0-of-2.seg"]["found"]
+    assert shown["0-of-1.lmdb"]["found"] == "no checksums to compare"
 
 
 def test_build_says_what_it_wrote_and_refuses_to_write_it_again(tmp_path, command):

@@ -93,6 +93,28 @@ def test_a_table_version_or_width_the_cube_lacks_is_refused_at_opening(data, sha
         asyncio.run(LocalCube(data).open(tables, wait_s=5))
 
 
+def test_a_table_whose_absent_keys_do_not_read_zeros_is_refused(tmp_path, server):
+    built(tmp_path, "t", Version(2), KEYS, ROWS, default_row=(1.0, 2.0, 3.0))
+    address = server("cube-server", "--shard", 0, "--shards", 1, "--data", tmp_path)
+
+    async def opened(make):
+        cube = make()
+        try:
+            await cube.open(TABLES, wait_s=5)
+        finally:
+            await cube.close()
+
+    for make in (lambda: LocalCube(tmp_path), lambda: RemoteCube([address])):
+        with pytest.raises(BadConfig, match="table 't': found a default row for absent keys, expected zeros"):
+            asyncio.run(opened(make))
+
+
+def test_the_shard_count_of_files_is_that_of_the_newest_version(tmp_path):
+    built(tmp_path, "t", Version(1), KEYS, -ROWS, shards=2)
+    built(tmp_path, "t", Version(2), KEYS, ROWS, shards=4)
+    assert np.array_equal(LocalCube(tmp_path).rows("t", None, KEYS).rows, ROWS)
+
+
 def test_shards_listed_in_the_wrong_order_are_refused(shards):
     with pytest.raises(BadConfig, match="found shard 1 of 2, expected shard 0 of 2"):
         with_cube(shards[::-1], lambda cube: cube.open(TABLES, wait_s=5))

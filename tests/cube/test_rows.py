@@ -138,5 +138,19 @@ def test_pooling_adds_from_left_to_right(row_format, rows, sizes, mean):
 
 @pytest.mark.parametrize("offsets", [[], [1, 2], [0, 1], [0, 3, 2], [0, 3]])
 def test_offsets_that_do_not_fit_are_refused(offsets):
-    with pytest.raises(BadRequest, match="bags: found offsets"):
+    with pytest.raises(BadRequest, match="bags: found int64 offsets"):
         check_offsets("bags", np.array(offsets, np.int64), 2)
+
+
+@pytest.mark.parametrize(
+    "offsets",
+    [
+        np.array([0, 10**12, 2], np.uint64),
+        np.array([0, 2**63 - 1, -(2**63), -(2**62), 2]),
+        np.array([0, 2], np.int32),
+        np.zeros((1, 2), np.int64),
+    ],
+)
+def test_offsets_whose_differences_do_not_tell_are_refused(offsets):
+    with pytest.raises(BadRequest, match=r"bags: found .* offsets"):
+        check_offsets("bags", offsets, 2)

@@ -830,7 +830,7 @@ def test_bags_that_do_not_fit_the_keys_are_refused(stored_kind):
     keys, rows = np.array([1, 2, 3], np.uint64), np.zeros((3, 3), np.float32)
     with stored_kind.store(about_of(), keys, RowFormat.F32.encode(rows)) as store:
         for offsets in ([0, 2], [0, 4], [1, 3], [0, 3, 2, 3], []):
-            with pytest.raises(BadRequest, match="offsets: found offsets"):
+            with pytest.raises(BadRequest, match="offsets: found int64 offsets"):
                 store.pooled(
                     keys,
                     np.array(offsets, np.int64),
