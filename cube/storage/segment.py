@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from cube.errors import DataCorrupt
 from cube.keys import SHARD_RULE_MIX
-from cube.rows import RowFormat
+from cube.rows import RowFormat, check_offsets
 from cube.storage import index
 from cube.storage.store import About, Capabilities, Store, Writer, check_buffer
 from cube.version import Version
@@ -246,7 +246,8 @@ class Segment(Store):
         found: NDArray[np.bool_], over: index.Overlay | None = None,
     ) -> int:  # fmt: skip
         self._refuse_if_corrupt()
-        check_buffer(out, (max(offsets.size - 1, 0), self.about.dim), np.float32)
+        check_offsets("offsets", offsets, keys.size)  # the kernel trusts them
+        check_buffer(out, (offsets.size - 1, self.about.dim), np.float32)
         return index.pooled(self._places, over, self.about.row_format, keys, offsets, mean, out, found)
 
     def scan(self, batch: int = 65536) -> Iterator[tuple[NDArray[np.uint64], NDArray[np.uint8]]]:
