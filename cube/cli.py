@@ -21,6 +21,7 @@ from cube.config import read, settle
 from cube.errors import BadConfig, DataCorrupt, ServingError
 from cube.pb.cube_config_pb2 import CubeConfig
 from cube.rows import RowFormat
+from cube.rpc.process import DOORS
 from cube.sources import open_source
 from cube.storage.engines import ENGINES, open_store
 from cube.version import Version
@@ -93,6 +94,11 @@ def server(argv: Sequence[str] | None = None) -> int:
         default=None,
         help="copy rows to memory, in huge pages, instead of mapping "
         "the files: faster lookups, slower start, nothing shared between processes",
+    )
+    parser.add_argument(
+        "--grpc",
+        choices=DOORS,
+        help="what carries gRPC: lean, one port for gRPC and HTTP (default), or grpcio, its twin: gRPC only, dearer",
     )
     parser.add_argument("--check", action="store_true", help="check settings and files, serve nothing")
     args = parser.parse_args(argv)

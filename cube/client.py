@@ -9,15 +9,15 @@ from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import numpy as np
-from google.protobuf.message import DecodeError
 from numpy.typing import NDArray
 
-from cube.errors import BadConfig, DataCorrupt, DeadlineExceeded, ShardUnavailable, Unavailable
+from cube.errors import BadConfig, BadRequest, DataCorrupt, DeadlineExceeded, ShardUnavailable, Unavailable
 from cube.kernels import U, kernel, mix
 from cube.keys import shards_of
 from cube.pb import cube_pb2 as pb
+from cube.rpc.calls import Buffer, parse
 from cube.rpc.channel import Channel
-from cube.service import KEYS_ON_LOOP, LOOKUP, STATUS, is_short
+from cube.service import KEYS_ON_LOOP, LOOKUP, LOOKUP_REPLY, STATUS, is_short
 from cube.storage.index import KERNELS as INDEX_KERNELS
 from cube.storage.store import Store
 from cube.table import Table, Verification, open_tables, shards_in
@@ -122,7 +122,7 @@ class RemoteCube:
     async def status(self, shard: int, wait_s: float) -> pb.StatusReply:
         """What a shard's server says of itself, waiting up to `wait_s` for it to be there."""
         reply = await self._ask(shard, STATUS, pb.StatusRequest().SerializeToString(), wait_s, wait_for_ready=True)
-        return pb.StatusReply.FromString(reply)
+        return parse(pb.StatusReply, reply)
 
     async def gather(self, table: str, version: Version, keys: NDArray[np.uint64], timeout_s: float) -> Rows:
         many = keys.size > KEYS_ON_LOOP
@@ -143,20 +143,22 @@ class RemoteCube:
         )
         message = pb.LookupRequest(tables=[asked]).SerializeToString()
         place, dim = f"cube shard {shard} at {self._channels[shard].target} reply", self._dims[table]
+        received = await self._ask(shard, LOOKUP, message, timeout_s)
         try:
-            (answer,) = pb.LookupReply.FromString(await self._ask(shard, LOOKUP, message, timeout_s)).tables
-        except (DecodeError, ValueError) as error:
+            reply, of = LOOKUP_REPLY.decode(received)
+            (answer,) = reply.tables
+        except (BadRequest, ValueError) as error:
             raise DataCorrupt(place, "bytes that are no reply to one table", "a LookupReply of one table") from error
-        marks = np.frombuffer(answer.found, np.uint8)
-        shape = (Version(answer.version.base, answer.version.delta), marks.size, answer.dim, len(answer.rows))
+        rows, marks = of(answer.rows), np.frombuffer(of(answer.found), np.uint8)
+        shape = (Version(answer.version.base, answer.version.delta), marks.size, answer.dim, len(rows))
         if shape != (version, keys.size, dim, 4 * dim * keys.size) or (marks > 1).any():
             found = "version {}, {} marks, rows of {} elements in {} bytes".format(*shape)
             raise DataCorrupt(place, found, f"version {version}, {keys.size} marks of 0 or 1, rows of {dim} elements")
-        return Rows(np.frombuffer(answer.rows, "<f4").reshape(keys.size, dim), marks.view(np.bool_))
+        return Rows(np.frombuffer(rows, "<f4").reshape(keys.size, dim), marks.view(np.bool_))
 
     async def _ask(
         self, shard: int, path: str, message: bytes, timeout_s: float, wait_for_ready: bool = False
-    ) -> bytes:
+    ) -> Buffer:
         channel = self._channels[shard]
         try:
             return await channel.call(path, message, timeout_s, wait_for_ready)

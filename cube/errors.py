@@ -26,10 +26,22 @@ class Wire(NamedTuple):
     retry: bool  # may a client send the same request again?
 
 
+class Status(NamedTuple):
+    """How a call ended, exactly as the peer said it."""
+
+    code: str  # name of a gRPC status code
+    message: str
+    details: bytes = b""  # grpc-status-details-bin: by custom a google.rpc.Status
+
+
 class ServingError(Exception):
     """Base of everything this project raises on purpose. Its text is one line and safe to show to the caller."""
 
     wire = Wire("INTERNAL", 500, retry=False)
+    # What only an error that came over the wire knows: the type above is our reading of `status`.
+    status: Status | None = None
+    trailing: tuple[tuple[str, str | bytes], ...] = ()  # metadata that came with it
+    never_processed = False  # the server did nothing with the call: any call may be sent again
 
 
 def _short(text: str, most: int = 300) -> str:
@@ -128,9 +140,48 @@ _BY_STATUS: dict[str, type[ServingError]] = {
 }
 
 
-def from_wire(status: str, message: str) -> ServingError:
-    """The error a peer meant by a gRPC status name and message. Its facts stay in the text: only the type travels."""
+def from_wire(
+    status: str,
+    message: str,
+    details: bytes = b"",
+    trailing: tuple[tuple[str, str | bytes], ...] = (),
+    never_processed: bool = False,
+) -> ServingError:
+    """The error a peer meant by a gRPC status name and message.
+
+    Its type and text travel, and what `status` and `trailing` hold; the facts a local error has as attributes do not.
+    """
     kind = _BY_STATUS.get(status, Internal)
     error = kind.__new__(kind)
     Exception.__init__(error, message)
+    error.status = Status(status, message, details)
+    error.trailing, error.never_processed = trailing, never_processed
     return error
+
+
+FAULT = Status("INTERNAL", "internal error; the server's log has it")
+MAX_MESSAGE_BYTES = 4 << 10  # of a status message as it is sent; all trailers together must pass peers that take 8 KB
+
+
+def to_wire(error: Exception) -> Status:
+    """What a caller is told of an error. One that is not a ServingError is a fault: it belongs into the log."""
+    if not isinstance(error, ServingError):
+        return FAULT
+    code, told = error.wire.grpc, error.status
+    # Details repeat the code: those of an upstream's status that has become another one here would contradict it.
+    return Status(code, _sendable(str(error)), told.details if told is not None and told.code == code else b"")
+
+
+def _sendable(text: str) -> str:
+    """A status message, cut to what header fields can carry."""
+    text = text.encode("utf-8", "replace").decode()  # lone surrogates
+    used = kept = 0
+    for character in text[: MAX_MESSAGE_BYTES + 1]:
+        used += _sent_bytes(character)
+        kept += used <= MAX_MESSAGE_BYTES - _sent_bytes("…")
+    return text if used <= MAX_MESSAGE_BYTES else text[:kept] + "…"
+
+
+def _sent_bytes(character: str) -> int:
+    """Bytes of a character when it is percent-encoded."""
+    return 1 if " " <= character <= "~" and character != "%" else 3 * len(character.encode())

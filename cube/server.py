@@ -7,8 +7,9 @@ import numpy as np
 
 from cube import kernels
 from cube.errors import BadConfig
+from cube.pb import cube_pb2
 from cube.pb.cube_config_pb2 import CubeConfig
-from cube.rpc.process import Process, run
+from cube.rpc.process import DOORS, Process, run
 from cube.service import DEFAULT_MAX_KEYS, CubeService
 from cube.storage import index
 from cube.table import Table, Verification, open_tables
@@ -33,6 +34,9 @@ def checked(config: CubeConfig, shard: int) -> CubeConfig:
     settled.verify = config.verify or "background"
     if settled.verify not in VERIFY:
         raise BadConfig("verify", repr(settled.verify), " or ".join(VERIFY))
+    settled.grpc = config.grpc or DOORS[0]
+    if settled.grpc not in DOORS:
+        raise BadConfig("grpc", repr(settled.grpc), " or ".join(DOORS))
     return settled
 
 
@@ -46,7 +50,13 @@ def serve(config: CubeConfig, shard: int, tables: dict[str, Table]) -> None:
         if config.verify == "background":
             verification.start()
         try:
-            await process.serve(service.handlers(), config.listen, lambda bound: _announcement(bound, service))
+            await process.serve(
+                service.handlers(),
+                config.listen,
+                lambda bound: _announcement(bound, service),
+                door=config.grpc,
+                described={"cube_serving.cube.Cube": cube_pb2.DESCRIPTOR},
+            )
         finally:
             verification.stop()
 

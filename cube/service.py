@@ -1,17 +1,21 @@
 """Answers lookups: the same behind every door."""
 
 import asyncio
+from collections.abc import Awaitable
 
 import numpy as np
+from numpy.typing import NDArray
 
 from cube.errors import NotServed
 from cube.pb import cube_pb2 as pb
-from cube.rpc.calls import Call, Handler, parse
+from cube.rpc.calls import Buffer, Call, Handler, Reply, parse
+from cube.rpc.messages import Large, Spliced
 from cube.storage.store import Store
 from cube.table import Table, check_keys
 from cube.version import Version
 
 LOOKUP, STATUS = "/cube_serving.cube.Cube/Lookup", "/cube_serving.cube.Cube/Status"
+LOOKUP_REPLY = Spliced(pb.LookupReply, "tables.rows", "tables.found")
 DEFAULT_MAX_KEYS = 4 << 20
 KEYS_ON_LOOP = 20_000  # about 2 ms of lookups
 
@@ -28,38 +32,48 @@ class CubeService:
         """By gRPC path."""
         return {LOOKUP: self.lookup, STATUS: self.status}
 
-    async def lookup(self, message: bytes, call: Call) -> bytes:
+    def lookup(self, message: Buffer, call: Call) -> Reply | Awaitable[Reply]:
         """LookupRequest → LookupReply; raises BadRequest, NotServed, DeadlineExceeded.
 
         Many keys are looked up in a thread, so that the loop answers others meanwhile.
         """
-        request, reply = parse(pb.LookupRequest, message), pb.LookupReply()
-        for asked in request.tables:
+        asked = [self._asked(table) for table in parse(pb.LookupRequest, message).tables]
+        if not all(is_short(one.store, one.keys.size) for one in asked):
+            return self._lookup_in_thread(asked, call)
+        for one in asked:
             call.remaining_s(at_most=1.0)  # nobody waits for an answer after the deadline
-            table = self.tables.get(asked.table)
-            if table is None:
-                raise NotServed(f"table {asked.table!r}", sorted(self.tables))
-            version = Version(asked.version.base, asked.version.delta) if asked.HasField("version") else table.newest
-            keys = check_keys(f"table {asked.table!r} keys", asked.keys, self._max_keys)
-            store = table.store(version)
-            dim = store.about.dim
-            rows, found = np.empty((keys.size, dim), np.float32), np.empty(keys.size, np.bool_)
-            if is_short(store, keys.size):
-                absent = store.lookup(keys, rows, found)
-            else:
-                absent = await asyncio.to_thread(store.lookup, keys, rows, found)
-            table.count(keys.size, absent)
+            one.look_up()
+        return self._reply(asked)
+
+    async def _lookup_in_thread(self, asked: "list[_Asked]", call: Call) -> Reply:
+        for one in asked:
+            call.remaining_s(at_most=1.0)
+            await asyncio.to_thread(one.look_up)
+        return self._reply(asked)
+
+    def _asked(self, asked: pb.TableKeys) -> "_Asked":
+        table = self.tables.get(asked.table)
+        if table is None:
+            raise NotServed(f"table {asked.table!r}", sorted(self.tables))
+        version = Version(asked.version.base, asked.version.delta) if asked.HasField("version") else table.newest
+        keys = check_keys(f"table {asked.table!r} keys", asked.keys, self._max_keys)
+        return _Asked(table, version, table.store(version), keys)
+
+    def _reply(self, asked: "list[_Asked]") -> Reply:
+        reply, large = pb.LookupReply(), Large()
+        for one in asked:
+            one.table.count(one.keys.size, one.absent)
             reply.tables.add(
-                version=pb.Version(base=version.base, delta=version.delta),
-                dim=dim,
-                rows=rows.tobytes(),
-                found=found.tobytes(),
-                absent=absent,
+                version=pb.Version(base=one.version.base, delta=one.version.delta),
+                dim=one.store.about.dim,
+                rows=large.put(one.rows),
+                found=large.put(one.found),
+                absent=one.absent,
             )
         self._lookups += 1
-        return reply.SerializeToString()
+        return LOOKUP_REPLY.encode(reply, large)
 
-    def status(self, message: bytes, call: Call) -> bytes:
+    def status(self, message: Buffer, call: Call) -> bytes:
         """StatusRequest → StatusReply."""
         parse(pb.StatusRequest, message)
         reply = pb.StatusReply(shard=self.shard, shards=self.shards, lookups=self._lookups)
@@ -78,6 +92,22 @@ class CubeService:
                     default_row=bool(about.default_row),
                 )
         return reply.SerializeToString()
+
+
+class _Asked:
+    """The keys of one table in a request, and what is found for them."""
+
+    __slots__ = ("absent", "found", "keys", "rows", "store", "table", "version")
+
+    def __init__(self, table: Table, version: Version, store: Store, keys: NDArray[np.uint64]):
+        self.table, self.version, self.store, self.keys = table, version, store, keys
+        self.absent = 0
+
+    def look_up(self) -> None:
+        """Set rows, found and absent."""
+        self.rows = np.empty((self.keys.size, self.store.about.dim), np.float32)
+        self.found = np.empty(self.keys.size, np.bool_)
+        self.absent = self.store.lookup(self.keys, self.rows, self.found)
 
 
 def is_short(store: Store, keys: int) -> bool:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from cube.cli import conf_file, endpoints, guarded, log_to_stderr, positive
 from cube.config import settle
+from cube.rpc.process import DOORS
 from predictor.pb.predictor_config_pb2 import PredictorConfig
 
 DEFAULT_CONF = Path("conf/predictor.prototxt")
@@ -50,6 +51,11 @@ def server(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument(
         "--compute-threads", type=positive, metavar="N", help="requests computed at once (default: the number of cores)"
+    )
+    parser.add_argument(
+        "--grpc",
+        choices=DOORS,
+        help="what carries gRPC: lean, one port for gRPC and HTTP (default), or grpcio, its twin: gRPC only, dearer",
     )
     parser.add_argument("--check", action="store_true", help="load everything, serve nothing")
     args = parser.parse_args(argv)

@@ -82,7 +82,7 @@ async def load(directory: Path, settings: Settings) -> Model:
         model = _plain(directory, settings)
     for request in _warm_up(model):
         try:
-            await model.run(request, Call("warm-up", {}, None))
+            await model.run(request, Call("warm-up"))
         except Exception as error:
             if model.tables:
                 raise

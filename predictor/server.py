@@ -10,9 +10,10 @@ from pathlib import Path
 
 from cube.client import RemoteCube
 from cube.errors import BadConfig
-from cube.rpc.process import Process, run
+from cube.rpc.process import DOORS, Process, run
 from predictor import models
 from predictor.doors.kserve import KServeDoor
+from predictor.pb import kserve_pb2
 from predictor.pb.predictor_config_pb2 import PredictorConfig
 from predictor.service import InferenceService
 
@@ -33,6 +34,9 @@ def checked(config: PredictorConfig) -> PredictorConfig:
     settled.cube_wait_s = config.cube_wait_s or 30
     settled.cube_timeout_ms = config.cube_timeout_ms or 2_000
     settled.compute_threads = config.compute_threads or os.cpu_count() or 1
+    settled.grpc = config.grpc or DOORS[0]
+    if settled.grpc not in DOORS:
+        raise BadConfig("grpc", repr(settled.grpc), " or ".join(DOORS))
     return settled
 
 
@@ -45,7 +49,13 @@ def serve(config: PredictorConfig, endpoints: list[str]) -> None:
     async def main(process: Process) -> None:
         async with _models(config, endpoints) as loaded:
             handlers = KServeDoor(InferenceService(loaded)).handlers()
-            await process.serve(handlers, config.listen, lambda bound: _announcement(bound, loaded))
+            await process.serve(
+                handlers,
+                config.listen,
+                lambda bound: _announcement(bound, loaded),
+                door=config.grpc,
+                described={"inference.GRPCInferenceService": kserve_pb2.DESCRIPTOR},
+            )
 
     run(main)
 

@@ -22,10 +22,11 @@ MAY_IMPORT = {
         "cube.version",
         "trainer_tools.manifest",
     },
-    "predictor.cli": {"cube.cli", "cube.config"},
+    "predictor.cli": {"cube.cli", "cube.config", "cube.rpc.process"},
     "predictor.engines": {"cube.errors", "trainer_tools.manifest", "trainer_tools.programs"},
     "predictor.client": {
-        "cube.errors", "cube.rpc.channel", "predictor.pb", "predictor.tensors", "trainer_tools.criteo",
+        "cube.errors", "cube.rpc.calls", "cube.rpc.channel", "predictor.pb", "predictor.tensors",
+        "trainer_tools.criteo",
     },
     "predictor.client.cli": {"cube.cli", "cube.config", "cube.errors", "predictor.pb"},
     "trainer_tools": {

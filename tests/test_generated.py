@@ -5,7 +5,10 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-HOMES = {"cube": "cube", "cube_config": "cube", "kserve": "predictor", "predictor_config": "predictor"}
+HOMES = {
+    "cube": "cube", "cube_config": "cube", "health": "cube", "reflection": "cube",
+    "kserve": "predictor", "predictor_config": "predictor",
+}  # fmt: skip
 
 
 def generate(into: Path) -> None:

@@ -7,7 +7,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class CubeConfig(_message.Message):
-    __slots__ = ("data", "shard", "listen", "keep_versions", "max_keys", "verify", "in_memory")
+    __slots__ = ("data", "shard", "listen", "keep_versions", "max_keys", "verify", "in_memory", "grpc")
     DATA_FIELD_NUMBER: _ClassVar[int]
     SHARD_FIELD_NUMBER: _ClassVar[int]
     LISTEN_FIELD_NUMBER: _ClassVar[int]
@@ -15,6 +15,7 @@ class CubeConfig(_message.Message):
     MAX_KEYS_FIELD_NUMBER: _ClassVar[int]
     VERIFY_FIELD_NUMBER: _ClassVar[int]
     IN_MEMORY_FIELD_NUMBER: _ClassVar[int]
+    GRPC_FIELD_NUMBER: _ClassVar[int]
     data: str
     shard: _containers.RepeatedCompositeFieldContainer[ShardConfig]
     listen: str
@@ -22,7 +23,8 @@ class CubeConfig(_message.Message):
     max_keys: int
     verify: str
     in_memory: bool
-    def __init__(self, data: _Optional[str] = ..., shard: _Optional[_Iterable[_Union[ShardConfig, _Mapping]]] = ..., listen: _Optional[str] = ..., keep_versions: _Optional[int] = ..., max_keys: _Optional[int] = ..., verify: _Optional[str] = ..., in_memory: _Optional[bool] = ...) -> None: ...
+    grpc: str
+    def __init__(self, data: _Optional[str] = ..., shard: _Optional[_Iterable[_Union[ShardConfig, _Mapping]]] = ..., listen: _Optional[str] = ..., keep_versions: _Optional[int] = ..., max_keys: _Optional[int] = ..., verify: _Optional[str] = ..., in_memory: _Optional[bool] = ..., grpc: _Optional[str] = ...) -> None: ...
 
 class ShardConfig(_message.Message):
     __slots__ = ("address",)

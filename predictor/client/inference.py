@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cube.errors import DataCorrupt
+from cube.rpc.calls import Buffer, parse
 from cube.rpc.channel import Channel
 from predictor.pb import kserve_pb2 as pb
 from predictor.tensors import Texts, Value, datatype_of, decode, encode
@@ -57,7 +58,7 @@ class AsyncClient:
         """What a model takes and makes; raises a ServingError."""
         request = pb.ModelMetadataRequest(name=model).SerializeToString()
         reply = await self._channel.call(SERVICE + "ModelMetadata", request, timeout_s)
-        return pb.ModelMetadataResponse.FromString(reply)
+        return parse(pb.ModelMetadataResponse, reply)
 
     async def close(self) -> None:
         """Disconnect."""
@@ -109,8 +110,8 @@ async def _client(target: str) -> AsyncClient:
     return AsyncClient(target)
 
 
-def _answer(message: bytes) -> Answer:
-    reply = pb.ModelInferResponse.FromString(message)
+def _answer(message: Buffer) -> Answer:
+    reply = parse(pb.ModelInferResponse, message)
     if len(reply.raw_output_contents) != len(reply.outputs):
         raise DataCorrupt(
             "reply", f"{len(reply.raw_output_contents)} raw contents", f"one for each of {len(reply.outputs)} outputs"

@@ -7,7 +7,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class PredictorConfig(_message.Message):
-    __slots__ = ("model", "listen", "cube", "max_samples", "cube_wait_s", "cube_timeout_ms", "compute_threads", "max_keys")
+    __slots__ = ("model", "listen", "cube", "max_samples", "cube_wait_s", "cube_timeout_ms", "compute_threads", "max_keys", "grpc")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     LISTEN_FIELD_NUMBER: _ClassVar[int]
     CUBE_FIELD_NUMBER: _ClassVar[int]
@@ -16,6 +16,7 @@ class PredictorConfig(_message.Message):
     CUBE_TIMEOUT_MS_FIELD_NUMBER: _ClassVar[int]
     COMPUTE_THREADS_FIELD_NUMBER: _ClassVar[int]
     MAX_KEYS_FIELD_NUMBER: _ClassVar[int]
+    GRPC_FIELD_NUMBER: _ClassVar[int]
     model: _containers.RepeatedScalarFieldContainer[str]
     listen: str
     cube: str
@@ -24,7 +25,8 @@ class PredictorConfig(_message.Message):
     cube_timeout_ms: int
     compute_threads: int
     max_keys: int
-    def __init__(self, model: _Optional[_Iterable[str]] = ..., listen: _Optional[str] = ..., cube: _Optional[str] = ..., max_samples: _Optional[int] = ..., cube_wait_s: _Optional[int] = ..., cube_timeout_ms: _Optional[int] = ..., compute_threads: _Optional[int] = ..., max_keys: _Optional[int] = ...) -> None: ...
+    grpc: str
+    def __init__(self, model: _Optional[_Iterable[str]] = ..., listen: _Optional[str] = ..., cube: _Optional[str] = ..., max_samples: _Optional[int] = ..., cube_wait_s: _Optional[int] = ..., cube_timeout_ms: _Optional[int] = ..., compute_threads: _Optional[int] = ..., max_keys: _Optional[int] = ..., grpc: _Optional[str] = ...) -> None: ...
 
 class ClientConfig(_message.Message):
     __slots__ = ("target", "model", "data", "batch", "concurrency", "timeout_ms")
