@@ -6,12 +6,14 @@ usual case, does one `send` and one `recv` per call and no more.
 """
 
 import contextlib
+import math
 import select
 import socket
 import ssl
 import struct
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 
@@ -91,21 +93,21 @@ class BlockingChannel:
     ) -> "BlockingStream":
         """As `Channel.stream`."""
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
-        waiter = _Waiter()
         with self._lock:
             link = self._ready(deadline, wait_for_ready)
-            call = link.calls.start(
+            stream = BlockingStream(self, link, deadline, path)
+            stream.call = link.calls.start(
                 self._method(link, path, compression),
                 message,
                 timeout_s=None if deadline is None else max(deadline - time.monotonic(), 0),
-                on_event=waiter.on_event,
+                on_event=stream.on_event,
                 metadata=metadata,
                 compression=compression,
                 max_reply_bytes=max_reply_bytes,
                 unary=False,
             )
             link.send()
-        return BlockingStream(self, link, call, waiter, deadline, path)
+        return stream
 
     def close(self) -> None:
         """Give up calls in flight and disconnect."""
@@ -196,7 +198,12 @@ class BlockingChannel:
                 self._step_down(link, waiter)
                 return is_over()
             if not leads:
-                waiter.doze(left)
+                if link.backlog:  # the leader may be deep in a read: see to it that what is to be answered is sent
+                    link.await_socket(left, to_read=False)
+                    with self._lock:
+                        link.send()
+                else:
+                    waiter.doze(left)
                 self._step_down(link, waiter)
                 continue
             try:
@@ -307,18 +314,16 @@ class BlockingChannel:
 class BlockingStream:
     """As `channel.Stream`, for one thread at a time on each side."""
 
-    def __init__(
-        self,
-        channel: BlockingChannel,
-        link: "_Link",
-        call: ClientCall,
-        waiter: "_Waiter",
-        deadline: float | None,
-        path: str,
-    ):
-        self.call = call
-        self._channel, self._link, self._waiter = channel, link, waiter
+    def __init__(self, channel: BlockingChannel, link: "_Link", deadline: float | None, path: str):
+        self.call: ClientCall
+        self._channel, self._link = channel, link
         self._deadline, self._path = deadline, path
+        self._waiters: set[_Waiter] = set()
+
+    def on_event(self, call: ClientCall) -> None:
+        """News of the call, under the channel's lock: whoever waits looks again."""
+        for waiter in self._waiters:
+            waiter.wake()
 
     def send(self, message: Reply) -> None:
         """Send one message; waits while much of what was sent before waits for the server. Raises a ServingError."""
@@ -328,6 +333,7 @@ class BlockingStream:
         with self._channel._lock:
             self.call.send(message)
             self._link.send()
+        self._wait(lambda: self.call.over or not self._link.backlog)
 
     def end(self) -> None:
         """No more messages will be sent."""
@@ -335,6 +341,7 @@ class BlockingStream:
             if not self.call.over:
                 self.call.end()
                 self._link.send()
+        self._wait(lambda: self.call.over or not self._link.backlog)
 
     def initial(self) -> tuple[Field, ...]:
         """The server's metadata, once it has begun to answer."""
@@ -378,7 +385,15 @@ class BlockingStream:
         self.cancel()
 
     def _wait(self, is_over: Callable[[], bool]) -> None:
-        if not self._channel.wait(self._link, self._waiter, is_over, self._deadline):
+        waiter = _Waiter()  # one of its own: another thread may wait on the other side
+        with self._channel._lock:
+            self._waiters.add(waiter)
+        try:
+            there = self._channel.wait(self._link, waiter, is_over, self._deadline)
+        finally:
+            with self._channel._lock:
+                self._waiters.discard(waiter)
+        if not there:
             late = from_wire("DEADLINE_EXCEEDED", f"{self._path}: the deadline passed [{self._channel.target}]")
             self._channel.give_up(self._link, self.call, late)
 
@@ -396,7 +411,7 @@ class _Waiter:
         """From now on `wake` ends the next `doze`. Under the channel's lock, as all but `doze`."""
         if self._event is None:
             self._event = threading.Lock()
-            self._event.acquire()
+        self._event.acquire(blocking=False)  # a wake may have come after the last doze had timed out
         self._asleep = True
 
     def doze(self, seconds: float | None) -> None:
@@ -427,6 +442,7 @@ class _Link:
         self.in_line: set[_Waiter] = set()  # who waits for the server's limit on calls
         self.read_at = time.monotonic()
         self.is_closed = False
+        self.backlog: deque[Buffer] = deque()  # what the socket has not taken yet
         self._socket, self._target, self._is_tls = connection, target, tls is not None
         self._buffer = bytearray(_RECEIVED)  # only ever read into by one thread at a time
         self._view = memoryview(self._buffer)
@@ -436,34 +452,36 @@ class _Link:
         self.send()
 
     def send(self) -> None:
-        """Write what the state machine has made. Under the lock. A lost connection ends its calls."""
+        """Write what the state machine has made, as far as the socket takes it. Under the lock; it never waits.
+
+        What is left is the backlog: who waits for a reply, waits for the socket to take that, too. A lost connection
+        ends its calls.
+        """
+        out = self.calls.take()
+        if out and not self.is_closed:
+            if len(out) > 1 and (self._is_tls or sum(map(len, out)) <= _JOINED):
+                out = [b"".join(out)]
+            self.backlog.extend(out)
         try:
-            while (out := self.calls.take()) and not self.is_closed:  # more may come up while the socket is full
-                if sum(map(len, out)) <= _JOINED or self._is_tls:
-                    self._send_all(b"".join(out))
+            while self.backlog:
+                part = self.backlog[0]
+                sent = self._socket.send(part, 0 if self._is_tls else socket.MSG_DONTWAIT)
+                if sent == len(part):
+                    self.backlog.popleft()
                 else:
-                    for part in out:
-                        self._send_all(part)
+                    self.backlog[0] = memoryview(part)[sent:]
+        except (BlockingIOError, ssl.SSLWantWriteError, ssl.SSLWantReadError):
+            pass
         except OSError as error:
             self.close(f"the connection was lost: {error}")
         if self.calls.closed:
             self.close(f"the connection failed: {self.calls.http2.failure}")
 
-    def _send_all(self, data: Buffer) -> None:
-        view = memoryview(data)
-        while view:
-            try:
-                sent = self._socket.send(view) if self._is_tls else self._socket.send(view, socket.MSG_DONTWAIT)
-                if sent == len(view):
-                    return
-                view = view[sent:]
-            except (BlockingIOError, ssl.SSLWantWriteError, ssl.SSLWantReadError):
-                # Full: the server may be waiting for us to read. What it has sent is taken in meanwhile.
-                ready, _, _ = select.select([self._socket], [self._socket], [], 60.0)
-                if ready and self.leader is None:
-                    self._take_in()
-                elif not ready and not select.select([], [self._socket], [], 60.0)[1]:
-                    raise OSError("the server does not read") from None
+    def await_socket(self, seconds: float | None, to_read: bool) -> None:
+        """Until the socket takes more, or (`to_read`) has something, or so many seconds. Not under the lock."""
+        waiting = select.poll()
+        waiting.register(self._socket, select.POLLOUT | (select.POLLIN if to_read else 0))
+        waiting.poll(None if seconds is None else math.ceil(seconds * 1e3))
 
     def _take_in(self) -> None:
         """Read what is there, without waiting and without sending."""
@@ -486,6 +504,9 @@ class _Link:
     def read(self, seconds: float | None) -> bytes | None:
         """The leader's: wait for bytes, b"" at the end of the stream, None if none came in time. Not under the lock."""
         try:
+            if self.backlog:
+                self.await_socket(seconds, to_read=True)
+                return None if self._is_tls else self._read_now()
             if self._is_tls:
                 return self._wait_tls(seconds)
             timeout = _POLL_S if seconds is None else max(seconds, 0.001)
@@ -498,30 +519,36 @@ class _Link:
             return bytes(self._view[: self._socket.recv_into(self._buffer)])
         except BlockingIOError:
             return None
-        except OSError:
+        except (OSError, ValueError):  # ValueError: closed meanwhile
             return b""
 
+    def _read_now(self) -> bytes:
+        return bytes(self._view[: self._socket.recv_into(self._buffer, 0, socket.MSG_DONTWAIT)])
+
     def _wait_tls(self, seconds: float | None) -> bytes | None:
-        if not self._socket.pending() and not select.select([self._socket], [], [], seconds)[0]:  # type: ignore[attr-defined]
-            return None
+        if not self._socket.pending():  # type: ignore[attr-defined]
+            waiting = select.poll()
+            waiting.register(self._socket, select.POLLIN)
+            if not waiting.poll(None if seconds is None else math.ceil(seconds * 1e3)):
+                return None
         return None if self.is_closed else b"tls"
 
     def process(self, data: bytes | None) -> None:
         """Under the lock: what `read` has given."""
         self.read_at = time.monotonic()
-        if data is None:
-            return
-        if self._is_tls:
+        if self._is_tls and data != b"":
             self.look()
+            return
+        if data is None:
+            if self.backlog:
+                self.send()
             return
         if not data:
             self.close(self.calls.going_away or "the connection was closed")
             return
         self.calls.receive(data)
-        if self.calls.http2.out or self.calls.closed:
+        if self.calls.http2.out or self.backlog or self.calls.closed:
             self.send()
-            if self.calls.closed:
-                self.close(f"the connection failed: {self.calls.http2.failure}")
 
     def close(self, why: str, goodbye: bool = False) -> None:
         """Under the lock. The socket itself goes when nobody reads it any more."""
@@ -529,11 +556,14 @@ class _Link:
             if self.leader is None:
                 self._socket.close()
             return
+        self.is_closed = True
         if goodbye:
             self.calls.close()
             with contextlib.suppress(OSError):
-                self.send()
-        self.is_closed = True
+                self._socket.send(
+                    b"".join([*self.backlog, *self.calls.take()]), 0 if self._is_tls else socket.MSG_DONTWAIT
+                )
+        self.backlog.clear()
         self.calls.lost(f"{why} [{self._target}]")
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)  # wakes a reader in another thread

@@ -10,6 +10,7 @@ import random
 import ssl
 from collections import deque
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple
@@ -221,7 +222,7 @@ class Channel:
                 self._methods.get((path, compression)) or self._method(link, path, compression),
                 message,
                 timeout_s=timeout_s,
-                on_event=done.set_result,
+                on_event=partial(_settle, done),
                 metadata=metadata,
                 compression=compression,
                 max_reply_bytes=max_reply_bytes,
@@ -556,6 +557,12 @@ class _Link(asyncio.Protocol):
             if not waiter.done():
                 waiter.set_result(None)
                 count -= 1
+
+
+def _settle(done: "asyncio.Future[ClientCall]", call: ClientCall) -> None:
+    """A unary call is over. Its task may have been cancelled, and `done` with it, before it could give the call up."""
+    if not done.done():
+        done.set_result(call)
 
 
 def _ignore(call: ClientCall) -> None:

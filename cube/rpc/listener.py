@@ -54,9 +54,10 @@ class Conversation(Protocol):
     """One connection's protocol, without its socket. Its methods never raise.
 
     What `take` gives is written after every `receive`, `tick` and `drain`, and in answer to `wake`, a function it is
-    given for news at other times. It may have `full`, true while it should not be given more to receive.
+    given for news at other times.
     """
 
+    full: bool  # it should not be given more to receive now
     closing: bool  # close the connection once what take() gave is written
 
     @property
@@ -170,7 +171,7 @@ class _Connection(asyncio.Protocol):
         listener.bytes_in += len(data)
         self._conversation.receive(data)
         self._reply()
-        if listener.budget.used > listener.limits.total_bytes or getattr(self._conversation, "full", False):
+        if listener.budget.used > listener.limits.total_bytes or self._conversation.full:
             self._regulate()
 
     def eof_received(self) -> None:
@@ -206,7 +207,7 @@ class _Connection(asyncio.Protocol):
         """Write what the conversation has, after it has called `wake`."""
         self.is_woken = False
         self._reply()
-        if self._unread or getattr(self._conversation, "full", False):
+        if self._unread or self._conversation.full:
             self._regulate()
 
     def drain(self) -> None:
@@ -229,7 +230,7 @@ class _Connection(asyncio.Protocol):
             return
         if self._choked:
             self._count(waiting)
-        elif self._unread and not getattr(self._conversation, "full", False):
+        elif self._unread and not self._conversation.full:
             self._unread = False
             self._transport.resume_reading()
         self._conversation.tick(now)
@@ -294,11 +295,7 @@ class _Connection(asyncio.Protocol):
     def _regulate(self) -> None:
         """Read, or do not."""
         conversation = self._conversation
-        self._unread = (
-            self._choked
-            or getattr(conversation, "full", False)
-            or (self._listener.budget.exceeded and not conversation.idle)
-        )
+        self._unread = self._choked or conversation.full or (self._listener.budget.exceeded and not conversation.idle)
         if self._unread:
             self._transport.pause_reading()
         else:
@@ -337,7 +334,7 @@ class _TlsConnection(_Connection):
         self._reply()
         if session.failure or session.is_closed:
             self._end()
-        elif listener.budget.used > listener.limits.total_bytes or getattr(self._conversation, "full", False):
+        elif listener.budget.used > listener.limits.total_bytes or self._conversation.full:
             self._regulate()
 
     def eof_received(self) -> None:

@@ -28,6 +28,7 @@ import os
 from collections.abc import Callable, Sequence
 from typing import Any, Generic, TypeAlias, TypeVar
 
+import numpy as np
 from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import DecodeError, Message
 from numpy.typing import NDArray
@@ -132,16 +133,12 @@ class Large:
 
         A large value is sent from its own memory, if that has no gaps: it must not change before.
         """
-        if isinstance(value, (list, tuple)):
-            pieces = [memoryview(piece) for piece in value]
-            if sum(piece.nbytes for piece in pieces) < self._large_bytes:
-                return b"".join([piece.tobytes() for piece in pieces])
-        else:
-            # an array says its size and copies itself sooner than a view of it does
-            sized: Any = value if hasattr(value, "nbytes") else memoryview(value)  # type: ignore[arg-type]
-            if sized.nbytes < self._large_bytes:
-                return bytes(sized.tobytes())
-            pieces = [memoryview(sized)]
+        if isinstance(value, np.ndarray) and value.nbytes < self._large_bytes:
+            return value.tobytes()  # sooner than a view of it does
+        several: Sequence[Any] = value if isinstance(value, (list, tuple)) else (value,)
+        pieces = [memoryview(piece) for piece in several]
+        if sum(piece.nbytes for piece in pieces) < self._large_bytes:
+            return b"".join([piece.tobytes() for piece in pieces])
         token = _token(len(self.values))
         flat = [_flat(piece) for piece in pieces]
         self.values[token] = [_varint(sum(map(len, flat))), *flat]

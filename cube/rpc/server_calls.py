@@ -9,6 +9,7 @@ function, runs with no task, no queue and no timer. Coroutines, streams, compres
 """
 
 import asyncio
+import inspect
 import logging
 import time
 from collections import deque
@@ -129,6 +130,7 @@ class GrpcCall(Call):
     _request: Buffer | None = None  # the one request of any other, when the end comes after it
     _responding = False  # the head of the reply is sent
     _timer: asyncio.TimerHandle | None = None
+    _awaited: Awaitable[Reply] | None = None  # what a handler has returned, until its task begins
     _woken: asyncio.Future[None] | None = None  # for a handler that waits until it may send more
 
     def __init__(self, owner: "ServerCalls", note: _Note, route: _Route, stream: Stream, head: Head):
@@ -243,7 +245,8 @@ class GrpcCall(Call):
         else:
             if not self.held:
                 self._owner.hold(self, len(message))
-            self._run(self._unary(cast(Awaitable[Reply], reply)))
+            self._awaited = cast(Awaitable[Reply], reply)
+            self._run(self._unary())
 
     def _start(self, requests: Any) -> None:
         """Call a handler of streams."""
@@ -255,7 +258,8 @@ class GrpcCall(Call):
         if self._route.kind.gives_stream:
             self._run(self._replies(cast(AsyncIterator[Reply], result)))
         else:
-            self._run(self._unary(cast(Awaitable[Reply], result)))
+            self._awaited = cast(Awaitable[Reply], result)
+            self._run(self._unary())
 
     def _run(self, work: Coroutine[Any, Any, None]) -> None:
         self._owner.run(self, work)
@@ -263,7 +267,9 @@ class GrpcCall(Call):
             left = max(self.deadline - time.monotonic(), 0)
             self._timer = asyncio.get_running_loop().call_later(left, self._expire)
 
-    async def _unary(self, reply: Awaitable[Reply]) -> None:
+    async def _unary(self) -> None:
+        assert self._awaited is not None
+        reply, self._awaited = self._awaited, None
         try:
             result = await reply
         except asyncio.CancelledError as error:
@@ -384,6 +390,8 @@ class GrpcCall(Call):
             self._owner.let_go(self)
         if self.task is not None:
             self.task.cancel()
+        if inspect.iscoroutine(self._awaited):
+            self._awaited.close()  # its task never began
 
 
 class _Fault(Exception):
@@ -434,6 +442,8 @@ class _Inbox:
 
 class ServerCalls:
     """The calls of one connection. A Conversation: see listener. Owned by the event loop."""
+
+    full = False  # it never needs the peer to be quiet: what is too much is refused
 
     def __init__(
         self,
