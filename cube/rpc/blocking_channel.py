@@ -178,6 +178,8 @@ class BlockingChannel:
         with self._lock:
             call.cancel(why)
             link.send()
+            if link.leader is None and not link.is_closed:
+                link.look()  # a server that waits for us to read does not hear of the end
 
     # ---- waiting: leader and followers ----
 
@@ -486,10 +488,11 @@ class _Link:
     def _take_in(self) -> None:
         """Read what is there, without waiting and without sending."""
         with contextlib.suppress(BlockingIOError, ssl.SSLWantReadError):
-            count = self._socket.recv_into(self._buffer, 0, 0 if self._is_tls else socket.MSG_DONTWAIT)
-            if not count:
-                raise OSError("the server closed the connection")
-            self.calls.receive(bytes(self._view[:count]))
+            while not self.calls.closed:
+                count = self._socket.recv_into(self._buffer, 0, 0 if self._is_tls else socket.MSG_DONTWAIT)
+                if not count:
+                    raise OSError("the server closed the connection")
+                self.calls.receive(bytes(self._view[:count]))
 
     def look(self) -> None:
         """Take in what has come while nobody read. Under the lock."""

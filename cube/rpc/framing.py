@@ -114,7 +114,8 @@ class Messages:
                 else:
                     pressed, size = PREFIX.unpack_from(data, at)
                     at += 5
-                if size > self._most:
+                # What does not compress grows a little: the limit is on the message, not on what carries it.
+                if size > (self._most + (self._most >> 8) + 64 if pressed else self._most):
                     raise MessageTooLarge(size, self._most)
                 if size <= end - at:
                     into.append(self._whole(pressed, piece(data, at, at + size)))

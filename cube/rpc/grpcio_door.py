@@ -13,8 +13,8 @@ import asyncio
 import inspect
 import logging
 import time
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NoReturn
 from urllib.parse import unquote
 
@@ -113,61 +113,62 @@ class _Method:
                 return grpc.stream_stream_rpc_method_handler(self.stream_stream)
 
     async def unary_unary(self, message: bytes, context: Any) -> bytes:
-        async with self._answering(context) as call:
-            return await self._reply(_checked(message, self._most), call)
-        raise AssertionError("abort returned")
+        return await self._reply(message, context)
 
     async def stream_unary(self, messages: Any, context: Any) -> bytes:
-        async with self._answering(context) as call:
-            return await self._reply(_Requests(context, self._most), call)
-        raise AssertionError("abort returned")
+        return await self._reply(_Requests(context, self._most), context)
 
     async def unary_stream(self, message: bytes, context: Any) -> None:
-        async with self._answering(context) as call:
-            await self._replies(_checked(message, self._most), call)
+        await self._replies(message, context)
 
     async def stream_stream(self, messages: Any, context: Any) -> None:
-        async with self._answering(context) as call:
-            await self._replies(_Requests(context, self._most), call)
+        await self._replies(_Requests(context, self._most), context)
 
-    @asynccontextmanager
-    async def _answering(self, context: Any) -> AsyncIterator["_Call"]:
-        """Our errors become statuses, anything else is a fault of ours and stays in the log."""
+    async def _reply(self, given: Any, context: Any) -> bytes:
         call = _Call(self._path, context)
         try:
-            try:
-                yield call
-                return
-            except _Gone:
-                raise
-            except asyncio.CancelledError:
-                if call.cancelled:
-                    raise
-                log.exception("%s failed: it cancelled itself", self._path)
-                status = FAULT
-            except Exception as error:
-                if not isinstance(error, ServingError):
-                    log.exception("%s failed", self._path)
-                status = to_wire(error)
-            await call.fail(status)
-        except _Gone as gone:
-            raise gone.error from None  # grpcio knows why
+            if type(given) is bytes:
+                _check(given, self._most)
+            answer = self._handler(given, call)
+            reply = _joined(await answer if inspect.isawaitable(answer) else answer)
+            await call.end()
+            return reply
+        except BaseException as error:
+            await self._fail(call, error)
 
-    async def _reply(self, given: Any, call: "_Call") -> bytes:
-        answer = self._handler(given, call)
-        reply = _joined(await answer if inspect.isawaitable(answer) else answer)
-        await call.end()
-        return reply
-
-    async def _replies(self, given: Any, call: "_Call") -> None:
-        replies = self._handler(given, call)
+    async def _replies(self, given: Any, context: Any) -> None:
+        call = _Call(self._path, context)
         try:
-            async for reply in replies:
-                await call.send(_joined(reply))
-        finally:
-            if (close := getattr(replies, "aclose", None)) is not None:
-                await close()
-        await call.end()
+            if type(given) is bytes:
+                _check(given, self._most)
+            replies = self._handler(given, call)
+            try:
+                async for reply in replies:
+                    await call.send(_joined(reply))
+            finally:
+                if (close := getattr(replies, "aclose", None)) is not None:
+                    await close()
+            await call.end()
+        except BaseException as error:
+            await self._fail(call, error)
+
+    async def _fail(self, call: "_Call", error: BaseException) -> NoReturn:
+        """Our errors become statuses, anything else is a fault of ours and stays in the log."""
+        if isinstance(error, _Gone):
+            raise error.error from None  # grpcio knows why
+        if isinstance(error, asyncio.CancelledError):
+            if call.cancelled:
+                raise error
+            cause, error = error, RuntimeError("the handler cancelled itself")
+            error.__cause__ = cause
+        if not isinstance(error, Exception):
+            raise error
+        if not isinstance(error, ServingError):
+            log.error("%s failed", self._path, exc_info=error)
+        try:
+            await call.fail(to_wire(error))
+        except _Gone as gone:
+            raise gone.error from None
 
 
 class _Call(Call):
@@ -196,7 +197,7 @@ class _Call(Call):
         """Send the head, if there is something in it and it has not been sent."""
         if self._begun:
             return
-        metadata = _sendable(self.initial_metadata)
+        metadata = _sendable(self._initial)
         self._begun = True
         if self.compression in _COMPRESSION:
             self._context.set_compression(_COMPRESSION[self.compression])
@@ -213,16 +214,17 @@ class _Call(Call):
 
     async def end(self) -> None:
         """Have grpcio send the trailers, after the only reply if there is one."""
-        trailing = _sendable(self.trailing_metadata)
+        trailing = _sendable(self._trailing)
         await self.begin()
-        self._context.set_trailing_metadata(trailing)
+        if trailing:
+            self._context.set_trailing_metadata(trailing)
 
     async def fail(self, status: Status) -> NoReturn:
         """Send an error as the end."""
         trailing: tuple[Field, ...] = ()
         try:
-            _sendable(self.initial_metadata)
-            trailing = _sendable(self.trailing_metadata)
+            _sendable(self._initial)
+            trailing = _sendable(self._trailing)
         except Exception:
             log.exception("%s failed", self.path)
             status = FAULT
@@ -248,7 +250,8 @@ class _Requests:
         if message is aio.EOF:
             await asyncio.sleep(_CANCEL_S)
             raise StopAsyncIteration
-        return _checked(message, self._most)
+        _check(message, self._most)
+        return message  # type: ignore[no-any-return]
 
 
 class _Gone(Exception):
@@ -273,14 +276,15 @@ def _peer(name: str) -> str:
     return "unix" if family == "unix" else unquote(address)
 
 
-def _checked(message: bytes, most: int) -> bytes:
+def _check(message: bytes, most: int) -> None:
     if len(message) > most:
         raise framing.MessageTooLarge(len(message), most)
-    return message
 
 
-def _sendable(metadata: list[Field]) -> tuple[Field, ...]:
+def _sendable(metadata: list[Field] | None) -> tuple[Field, ...]:
     """Metadata as grpcio takes it; raises BadRequest for what the lean door would not send."""
+    if not metadata:
+        return ()
     framing.encode_metadata(metadata)
     sendable: list[Field] = []
     for name, value in metadata:

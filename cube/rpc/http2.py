@@ -106,7 +106,6 @@ class Stream:
     queue: deque[memoryview] | None = None  # data that waits for a window
     trailers: bytes | None = None  # what follows the queue: a block, or b"" for a bare END_STREAM
     credit = 0  # received and consumed, not yet given back to the peer
-    due = 0  # received, not yet consumed
     expected: int | None = None  # bytes still to come by content-length
     got_head = False
     announced = False  # whether an event told of it
@@ -252,14 +251,17 @@ class Connection:
         self._strict = True  # see _check_order
         self._last_peer_id = 0
         self._reset: dict[int, bool] = {}  # streams that were reset, oldest first: was it us?
+        self._forgotten = 0  # the highest id that has been dropped from there
         self._skipped: deque[range] = deque(maxlen=100)  # ids that the peer has passed over
         self._room = DEFAULT_WINDOW  # bytes the peer may send
         self._credit = 0
         self._patience = self._most_patience = limits.useless_frames
+        self._half_window = max(limits.window_bytes, DEFAULT_WINDOW) >> 1
         self._worth = 1 if is_client else WORK  # bytes of a DATA frame of the peer that count as work
 
         # writing
         self._next_id = 1
+        self._corked = False
         self._window = DEFAULT_WINDOW  # bytes we may send
         self._initial_window = DEFAULT_WINDOW
         self._max_frame = DEFAULT_FRAME
@@ -344,14 +346,20 @@ class Connection:
 
         The buffers are not copied: they must not change until they are written.
         """
-        if stream.state not in (_O, _R):
+        if stream.state is not _R and stream.state is not _O:
             return
         size = 0
         for buffer in buffers:
             size += len(buffer)
-        if stream.queue is None and size <= self._max_frame and size <= self._window and size <= stream.window:
-            if not size and not ended:
-                return
+        if not size and not ended:
+            return
+        if (
+            stream.queue is None
+            and size <= self._max_frame
+            and size <= self._window
+            and size <= stream.window
+            and not (self._corked and size)
+        ):
             self._window -= size
             stream.window -= size
             out = self.out
@@ -388,6 +396,7 @@ class Connection:
             and size <= stream.window
             and size
             and not self._block_prefix
+            and not self._corked
         ):
             self._window -= size
             number, out = stream.id, self.out
@@ -396,8 +405,6 @@ class Connection:
             out.append(template.tail(number))
             stream.state = _C
             del self.streams[number]
-            if stream.due:
-                self._give_back(stream.due)
             if self._patience < self._most_patience:
                 self._patience += 3
         else:
@@ -413,14 +420,14 @@ class Connection:
             self._close(stream)
 
     def consumed(self, stream: Stream, count: int) -> None:
-        """Give flow-control credit back for `count` bytes of received data; a closed stream has had it all back."""
-        if stream.state is _C:
-            return
-        stream.due -= count
-        self._give_back(count)
-        if stream.state is not _R:  # more may come
+        """Let the peer send `count` more bytes on the stream, as many as have been received and are done with.
+
+        The connection's own window is given back as data comes in: who is slow to take one stream's data must not hold
+        up the others. What is kept in memory is for the layer above to bound.
+        """
+        if stream.state is _O or stream.state is _L:  # more may come
             stream.credit += count
-            if stream.credit >= self._limits.window_bytes >> 1:
+            if stream.credit >= self._half_window:
                 self._send(WINDOW_UPDATE, 0, stream.id, _U32.pack(stream.credit))
                 stream.room += stream.credit
                 stream.credit = 0
@@ -443,6 +450,15 @@ class Connection:
         last = self._last_peer_id if last_stream_id is None else last_stream_id
         self._last_accepted = last if self._last_accepted is None else min(last, self._last_accepted)
         self._send(GOAWAY, 0, 0, _U32.pack(self._last_accepted) + _U32.pack(code) + text[:1_000])
+
+    def cork(self) -> None:
+        """The transport is full: data waits here, where a reset can still drop it."""
+        self._corked = True
+
+    def uncork(self) -> None:
+        """The transport has room again."""
+        self._corked = False
+        self._pump()
 
     def renew(self) -> None:
         """Forget the peer's useless frames. The driver's clock calls it."""
@@ -487,10 +503,16 @@ class Connection:
                 continue
             if kind == DATA and after <= end and flags <= END_STREAM:  # the same for data: whole, and without padding
                 stream = streams.get(number)
-                if stream is not None and stream.is_plain and 0 < size <= stream.room and size <= self._room:
-                    self._room -= size
+                if (
+                    stream is not None
+                    and stream.is_plain
+                    and 0 < size <= stream.room
+                    and size <= self._room - self._credit
+                ):
+                    self._credit += size
+                    if self._credit >= self._half_window:
+                        self._give_back(0)
                     stream.room -= size
-                    stream.due += size
                     if size >= self._worth and self._patience < self._most_patience:
                         self._patience += 1
                     if flags:
@@ -546,9 +568,9 @@ class Connection:
             padding = data[at]
             if padding >= size:
                 raise _ConnectionError(ErrorCode.PROTOCOL_ERROR, "padding longer than its frame")
-        if size > self._room:
+        if size > self._room - self._credit:
             raise _ConnectionError(ErrorCode.FLOW_CONTROL_ERROR, "more data than the connection's window")
-        self._room -= size
+        self._give_back(size)
         ends = flags & END_STREAM != 0
         useful = size - padding - (flags & PADDED != 0)
         if useful >= self._worth and self._patience < self._most_patience:
@@ -564,10 +586,8 @@ class Connection:
         except _StreamError as error:
             self._refuse(error)
             stream = None
-        if useful < size:  # padding is nobody's data: its credit goes back at once
-            self._give_back(size - useful)
-            if stream is not None:
-                stream.credit += size - useful
+        if useful < size and stream is not None:  # padding is nobody's data
+            stream.credit += size - useful
         if flags & PADDED:
             at += 1
         self._data = (stream, useful, padding, ends)
@@ -604,24 +624,21 @@ class Connection:
         else:
             done, skipped = True, padding
             self._data = None
-        if stream is None:
-            if here:
-                self._give_back(here)
-        elif here or (done and ends):
+        if stream is not None and (here or (done and ends)):
             ended = done and ends
-            if here:
-                stream.due += here
             if ended:
                 self._end(stream)
             self._events.append(DataReceived(stream, data[at : at + here], ended))
         return at + here + skipped
 
     def _give_back(self, count: int) -> None:
-        """Credit for the connection: a WINDOW_UPDATE only when half a window has come together."""
+        """Credit for the connection: a WINDOW_UPDATE only when half a window has come together.
+
+        `_room` is the window as the peer was last told, `_credit` what it has used of that.
+        """
         self._credit += count
-        if self._credit >= self._limits.window_bytes >> 1:
+        if self._credit >= self._half_window:
             self._send(WINDOW_UPDATE, 0, 0, _U32.pack(self._credit))
-            self._room += self._credit
             self._credit = 0
 
     def _on_headers(self, payload: bytes, flags: int, number: int) -> None:
@@ -742,7 +759,7 @@ class Connection:
         if self._is_idle(number):
             raise _ConnectionError(ErrorCode.PROTOCOL_ERROR, f"{what} on idle stream {number}")
         by_us = self._reset.get(number)
-        if by_us is None and (len(self._reset) < REMEMBERED or number > next(iter(self._reset))):
+        if by_us is None and number > self._forgotten:
             raise _ConnectionError(ErrorCode.STREAM_CLOSED, f"{what} on stream {number}, which has ended")
         if by_us is False:
             raise _StreamError(number, ErrorCode.STREAM_CLOSED, f"{what} on a stream that was reset")
@@ -920,7 +937,9 @@ class Connection:
     def _remember(self, number: int, by_us: bool) -> None:
         self._reset[number] = by_us
         if len(self._reset) > REMEMBERED:
-            del self._reset[next(iter(self._reset))]
+            oldest = next(iter(self._reset))
+            del self._reset[oldest]
+            self._forgotten = max(self._forgotten, oldest)
 
     # ---- writing ----
 
@@ -961,8 +980,6 @@ class Connection:
         stream.state = _C
         stream.is_plain = False
         self.streams.pop(stream.id, None)
-        if stream.due:
-            self._give_back(stream.due)
         if stream.queue is not None:
             self._waiting.pop(stream.id, None)
             self.pending -= stream.pending
@@ -983,13 +1000,15 @@ class Connection:
             self._send_queued(stream)
 
     def _may_send(self, stream: Stream) -> bool:
-        return stream.queue is not None and (not stream.pending or (stream.window > 0 and self._window > 0))
+        if stream.queue is None:
+            return False
+        return not stream.pending or (stream.window > 0 and self._window > 0 and not self._corked)
 
     def _send_queued(self, stream: Stream) -> None:
         """One DATA frame of a stream's queue, and what ends the stream if that was all."""
         queue = stream.queue
         assert queue is not None
-        size = min(stream.pending, self._max_frame, self._window, stream.window)
+        size = max(0, min(stream.pending, self._max_frame, self._window, stream.window))  # windows may be negative
         over = size == stream.pending
         ends = over and stream.trailers == b""
         if size or ends:

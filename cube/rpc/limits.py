@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from cube.errors import BadConfig
+
 
 @dataclass(frozen=True)
 class Limits:
@@ -14,12 +16,16 @@ class Limits:
     body_bytes: int = 256 << 20  # one HTTP/1.1 body, after decompression
     connection_bytes: int = 512 << 20  # requests being received and replies being sent, one connection
     total_bytes: int = 4 << 30  # the same, all connections of a process
-    window_bytes: int = 16 << 20  # flow-control credit given to a peer, per stream and per connection
+    window_bytes: int = 16 << 20  # flow-control credit given to a peer, per stream and per connection; 65,535 or more
     frame_bytes: int = 1 << 20  # largest frame accepted; larger ones save little and delay what shares the connection
     useless_frames: int = 1_000  # frames that carry no work, between two ticks of the listener's clock
     handshake_s: float = 10.0  # from accepting a connection to its first request (TLS included)
     idle_s: float = 3600.0  # without a call in flight; 0: never closed. Clients keep channels open for hours
     stall_s: float = 60.0  # in the middle of a request or a reply without a byte moving
+
+    def __post_init__(self) -> None:
+        if not 65_535 <= self.window_bytes < 1 << 31:  # a peer may use the protocol's default before it knows of ours
+            raise BadConfig("window_bytes", self.window_bytes, "65,535 to 2,147,483,647")
 
 
 class Budget:

@@ -286,6 +286,8 @@ class GrpcCall(Call):
             async for reply in replies:
                 self._send(reply)
                 self._owner.flush()
+                if self._owner.made > _QUEUED_BYTES:  # have it written first: then we know whether the transport is full
+                    await asyncio.sleep(0)
                 while (self._stream.pending > _QUEUED_BYTES or self._owner.paused) and not self.cancelled:
                     self._woken = asyncio.get_running_loop().create_future()
                     await self._woken
@@ -507,10 +509,13 @@ class ServerCalls:
     def pause(self) -> None:
         """The transport is full: streaming handlers wait."""
         self.paused = True
+        self.http2.cork()
 
     def resume(self) -> None:
         """The transport has room again."""
         self.paused = False
+        self.http2.uncork()
+        self.flush()
         for stream in list(self.http2.streams.values()):
             if stream.call is not None:
                 stream.call.may_send()

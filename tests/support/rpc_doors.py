@@ -174,7 +174,7 @@ class GrpcioSync:
             await call.end()  # a thread of grpcio's waits for what is sent
         for channel in self._channels.values():
             channel.close()
-        self._threads.shutdown()
+        self._threads.shutdown(wait=False)
 
 
 class _GrpcioSyncCall:
@@ -306,7 +306,7 @@ class OursBlocking:
 
     async def close(self):
         self._channel.close()
-        await asyncio.to_thread(self._threads.shutdown)
+        self._threads.shutdown(wait=False)
 
 
 class _OurBlockingCall:
@@ -419,7 +419,7 @@ class Wire:
 
     async def close(self):
         await self.client.close()
-        await asyncio.wait_for(asyncio.gather(*self._later, return_exceptions=True), LIMIT_S)
+        await asyncio.gather(*self._later, return_exceptions=True)
 
 
 # A door or a client that is not ready yet is left out here, and nowhere else.
@@ -431,6 +431,7 @@ REFUSALS = {"lean": {"UNAVAILABLE"}, "grpcio": {"UNAVAILABLE", "CANCELLED"}}
 # grpcio's server waits until a peer has answered a ping, and this one reads only while somebody waits for a reply.
 DRAINS_LATE = {("grpcio", "ours-blocking")}
 
+CLOSE_S = 20
 LIMIT_S = 60  # of one test's work: it hangs no longer
 
 
@@ -444,7 +445,7 @@ def with_door(door_name, client_name, handlers, work, limits=None):
         try:
             return await asyncio.wait_for(work(wire), LIMIT_S)
         finally:
-            await wire.close()
-            await door.drain(0.1)
+            await asyncio.wait_for(wire.close(), CLOSE_S)
+            await asyncio.wait_for(door.drain(0.1), CLOSE_S)
 
     return asyncio.run(run())

@@ -65,6 +65,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
+from cube.errors import BadConfig
 from cube.rpc.headers import encode
 from cube.rpc.http2 import (
     Connection,
@@ -285,16 +286,21 @@ def test_buffers_of_one_message_are_sent_without_a_copy(is_client):
     assert b"".join(out)[9:] == b"head" + b"x" * 50_000 + b"y" * 50_000
 
 
-@pytest.mark.parametrize("size", [10, 16_384, 16_385, 70_000])
+@pytest.mark.parametrize("size", [10, 16_383, 16_384, 16_385, 2 * 16_384 - 1, 2 * 16_384, 2 * 16_384 + 1, 70_000])
 def test_a_block_larger_than_the_peers_frames_is_continued(size):
     peer = Peer()
     peer.send(headers(1, POST_BLOCK))
     stream = peer.connection.streams[1]
     value = b"v" * size
-    peer.connection.send_headers(stream, encode([(b":status", b"200"), (b"x", value)]), ended=True)
+    while len(encode([(b":status", b"200"), (b"x", value)])) > size > 100:
+        value = value[1:]
+    raw = encode([(b":status", b"200"), (b"x", value)])
+    assert len(raw) == size or size < 100
+    peer.connection.send_headers(stream, raw, ended=True)
     peer.heard()
     parts = [f for f in peer.frames if f.kind in (Kind.HEADERS, Kind.CONTINUATION)]
-    assert all(len(f.payload) <= 16_384 for f in parts)
+    assert all(0 < len(f.payload) <= 16_384 for f in parts)
+    assert all(f.flags in (0, END_HEADERS) for f in parts[1:])
     assert [f.kind for f in parts] == [Kind.HEADERS] + [Kind.CONTINUATION] * (len(parts) - 1)
     assert [bool(f.flags & END_HEADERS) for f in parts] == [False] * (len(parts) - 1) + [True]
     assert [f.ended for f in parts] == [True] + [False] * (len(parts) - 1)
@@ -538,6 +544,35 @@ def test_what_is_consumed_after_the_end_of_a_stream_is_credited_to_the_connectio
         assert windows.room() <= SMALL.window_bytes
 
 
+def test_a_whole_reply_gives_back_what_was_not_consumed():
+    peer = Peer(limits=SMALL)
+    windows = Windows(peer)
+    for number in range(1, 81, 2):
+        peer.send(headers(number, POST_BLOCK))
+        windows.send(number, bytes(16_000), ended=True)
+        stream = peer.connection.streams[number]
+        peer.connection.respond(stream, Template(OK_SENT, TRAILERS_SENT), [b"x"], 1)
+        peer.connection.consumed(stream, 16_000)
+        peer.heard()
+        peer.send(window_update(0, 1))
+        assert windows.room() <= SMALL.window_bytes
+
+
+@pytest.mark.parametrize("over", [0, 1])
+def test_a_stream_window_counts_also_where_the_connection_has_room(over):
+    peer = Peer(limits=Limits(window_bytes=65_536, frame_bytes=65_536), app=consume)
+    windows = Windows(peer)
+    for number in (1, 3):
+        peer.send(headers(number, POST_BLOCK))
+        windows.send(number, bytes(20_000))
+    room = windows.room(1)
+    assert room < windows.room()
+    peer.send(data(1, bytes(room + over)))
+    assert (peer.resets(1), peer.failure) in ([([], None)], [([Code.FLOW_CONTROL_ERROR], None)])[over]
+    peer.send(data(3, b"x"))
+    assert peer.failure is None
+
+
 def test_more_than_the_stream_window_is_flow_control_error():
     peer, _ = opened(limits=Limits(window_bytes=65_536, frame_bytes=1 << 17))
     peer.send(data(1, bytes(65_537)))
@@ -546,20 +581,25 @@ def test_more_than_the_stream_window_is_flow_control_error():
 
 
 def test_more_than_the_connection_window_is_flow_control_error():
-    peer = Peer(limits=SMALL)
-    for number in (1, 3, 5, 7, 9):
-        peer.send(headers(number, POST_BLOCK), data(number, bytes(16_384)))
+    """Credit for the connection is given as data comes in, so only a frame that is larger than the window can do it."""
+    peer = Peer(limits=Limits(window_bytes=65_535, frame_bytes=1 << 20))
+    peer.send(headers(1, POST_BLOCK), data(1, bytes(65_536)))
     assert peer.failure == Code.FLOW_CONTROL_ERROR
-    assert len(peer.all(DataReceived)) == 4
+    assert not peer.all(DataReceived)
 
 
-def test_a_client_that_has_not_yet_heard_of_a_smaller_window_may_use_the_default_one():
+def test_a_window_smaller_than_the_one_a_client_may_use_unasked_is_refused():
     """RFC 9113 §6.9.3: what was sent before our SETTINGS were processed must be taken, although it exceeds them."""
-    peer = Peer(limits=Limits(window_bytes=16_384, frame_bytes=16_384), greeting=None)
-    peer.send(PREFACE + settings() + headers(1, POST_BLOCK) + data(1, bytes(16_384)) * 3)
+    with pytest.raises(BadConfig, match="window_bytes"):
+        Limits(window_bytes=65_534)
+
+
+def test_data_of_one_stream_that_nobody_consumes_does_not_hold_up_another():
+    peer = Peer(limits=Limits(window_bytes=65_536, frame_bytes=16_384))
+    peer.send(headers(1, POST_BLOCK), *[data(1, bytes(16_384))] * 4, headers(3, POST_BLOCK))
+    peer.send(*[data(3, bytes(16_384))] * 4)
     assert peer.failure is None
-    assert not peer.resets(1)
-    assert sum(len(event.data) for event in peer.all(DataReceived)) == 3 * 16_384
+    assert not peer.resets(1) + peer.resets(3)
 
 
 def test_the_body_of_a_refused_request_is_ignored_and_credited():
@@ -739,6 +779,14 @@ def test_a_graceful_goaway_lets_in_what_was_on_its_way():
     assert [stream.id for stream in peer.streams()] == [1]
 
 
+def test_streams_up_to_the_announced_one_are_served():
+    peer = Peer(app=answer)
+    peer.connection.goaway(last_stream_id=3)
+    peer.send(*(headers(number, GET_BLOCK, ended=True) for number in (1, 3, 5)))
+    assert [stream.id for stream in peer.streams()] == [1, 3]
+    assert peer.reply(3)[1:] == (BODY, True)
+
+
 def test_the_last_stream_of_goaway_never_grows():
     peer = Peer()
     peer.send(headers(1, POST_BLOCK))
@@ -757,7 +805,8 @@ def test_a_client_that_is_told_goaway_opens_no_more_and_knows_which_calls_were_n
     assert not peer.connection.can_open
     with pytest.raises(Refused):
         peer.open()
-    assert streams[2].id not in peer.connection.streams or not peer.all(StreamReset)
+    assert peer.all(StreamReset) == [StreamReset(streams[2], Code.REFUSED_STREAM, True)]
+    assert set(peer.connection.streams) == {1, 3}
     peer.send(headers(1, OK_BLOCK, ended=True), headers(3, OK_BLOCK), data(3, b"x", ended=True))
     assert [kind for kind, *_ in told(peer.events) if kind in ("head", "data")] == ["head", "head", "data"]
     assert peer.failure is None

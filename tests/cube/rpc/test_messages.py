@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from cube.errors import BadRequest
 from cube.pb import cube_pb2 as pb
-from cube.rpc.messages import INLINE_BYTES, LARGE_BYTES, Large, Spliced
+from cube.rpc.messages import FEW_FIELDS, INLINE_BYTES, LARGE_BYTES, Large, Spliced
 from predictor.pb import kserve_pb2 as kserve
 
 EVERY_WAY = """
@@ -318,6 +318,15 @@ def test_a_short_message_is_as_protobuf_makes_it():
     assert message == whole
     assert of(message.top) == b"rows"
     assert of(message.one.data) == b"more"
+
+
+@pytest.mark.parametrize("parts", [FEW_FIELDS // 4, 100 * FEW_FIELDS])
+def test_among_few_fields_or_many_a_large_value_is_what_was_sent(parts):
+    data = bytes(range(256)) * (LARGE_BYTES // 256)
+    wire = EveryWay(top=data, many=[Part(text="t")] * parts, perhaps=data).SerializeToString()
+    message, of = Spliced(EveryWay, *LIFTED[EveryWay]).decode(wire)
+    assert of(message.top) == of(message.perhaps) == data
+    assert [part.text for part in message.many] == ["t"] * parts
 
 
 def test_unknown_groups_and_fields_stand_beside_views():
