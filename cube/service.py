@@ -6,9 +6,9 @@ from collections.abc import Awaitable
 import numpy as np
 from numpy.typing import NDArray
 
-from cube.errors import NotServed
+from cube.errors import BadRequest, NotServed
 from cube.pb import cube_pb2 as pb
-from cube.rpc.calls import Buffer, Call, Handler, Reply, parse
+from cube.rpc.calls import Buffer, Call, Method, Reply, parse
 from cube.rpc.messages import Large, Spliced
 from cube.storage.store import Store
 from cube.table import Table, check_keys
@@ -16,6 +16,7 @@ from cube.version import Version
 
 LOOKUP, STATUS = "/cube_serving.cube.Cube/Lookup", "/cube_serving.cube.Cube/Status"
 LOOKUP_REPLY = Spliced(pb.LookupReply, "tables.rows", "tables.found")
+REQUEST_BYTES = 1 << 20  # of a request, beside its keys: names of tables
 DEFAULT_MAX_KEYS = 4 << 20
 KEYS_ON_LOOP = 20_000  # about 2 ms of lookups
 
@@ -28,9 +29,12 @@ class CubeService:
         self._max_keys = max_keys
         self._lookups = 0
 
-    def handlers(self) -> dict[str, Handler]:
+    def handlers(self) -> dict[str, Method]:
         """By gRPC path."""
-        return {LOOKUP: self.lookup, STATUS: self.status}
+        return {
+            LOOKUP: Method(self.lookup, max_request_bytes=8 * self._max_keys + REQUEST_BYTES),
+            STATUS: Method(self.status, max_request_bytes=REQUEST_BYTES),
+        }
 
     def lookup(self, message: Buffer, call: Call) -> Reply | Awaitable[Reply]:
         """LookupRequest → LookupReply; raises BadRequest, NotServed, DeadlineExceeded.
@@ -38,7 +42,10 @@ class CubeService:
         Many keys are looked up in a thread, so that the loop answers others meanwhile.
         """
         asked = [self._asked(table) for table in parse(pb.LookupRequest, message).tables]
-        if not all(is_short(one.store, one.keys.size) for one in asked):
+        keys = sum(one.keys.size for one in asked)
+        if keys > self._max_keys:
+            raise BadRequest("keys", f"{keys} in one call", f"at most {self._max_keys}")
+        if not all(is_short(one.store, keys) for one in asked):
             return self._lookup_in_thread(asked, call)
         for one in asked:
             call.remaining_s(at_most=1.0)  # nobody waits for an answer after the deadline

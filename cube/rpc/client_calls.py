@@ -304,7 +304,7 @@ class ClientCalls:
             return
         had = len(call.messages)
         try:
-            call._messages.feed(data, call.messages)
+            call.messages.extend(call._messages.feed(data))
             if call._unary and len(call.messages) > 1:
                 raise from_wire("INTERNAL", "several replies to a call that has one")
         except ServingError as error:

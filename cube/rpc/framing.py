@@ -8,8 +8,7 @@ import binascii
 import math
 import re
 import zlib
-from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from struct import Struct
 from typing import Any
@@ -95,8 +94,11 @@ class Messages:
         """Whether no message has begun."""
         return self._body is None and not self._head
 
-    def feed(self, data: Buffer, into: deque[Buffer]) -> None:
-        """Append the messages that are whole with `data`. Raises MessageTooLarge, Internal for what is none."""
+    def feed(self, data: Buffer) -> Iterator[Buffer]:
+        """The messages that are whole with `data`, one by one: a compressed one is expanded when it is asked for.
+
+        To be iterated to its end. Raises MessageTooLarge, Internal for what is no message.
+        """
         at, end = 0, len(data)
         while True:
             if self._body is None:
@@ -118,7 +120,7 @@ class Messages:
                 if size > (self._most + (self._most >> 8) + 64 if pressed else self._most):
                     raise MessageTooLarge(size, self._most)
                 if size <= end - at:
-                    into.append(self._whole(pressed, piece(data, at, at + size)))
+                    yield self._whole(pressed, piece(data, at, at + size))
                     at += size
                     continue
                 self._body, self._left, self._pressed = bytearray(), size, pressed
@@ -132,7 +134,7 @@ class Messages:
             if self._left:
                 return
             body, self._body, self.held = self._body, None, 0
-            into.append(self._whole(self._pressed, memoryview(body) if len(body) >= LARGE else bytes(body)))
+            yield self._whole(self._pressed, memoryview(body) if len(body) >= LARGE else bytes(body))
 
     def _whole(self, pressed: int, body: Buffer) -> Buffer:
         if not pressed:

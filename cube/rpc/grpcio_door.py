@@ -2,7 +2,7 @@
 
 What differs is what grpcio does before or instead of us, and cannot be told otherwise:
 
-* a message over the port's limit (a method's own is ours) is refused by grpcio, in its words
+* a message far over the port's limit (a method's own is ours) is refused by grpcio, in its words
 * a call that crosses with the news that the door drains may end CANCELLED rather than UNAVAILABLE
 * a unary call that ends without a message is left without an answer
 * replies are compressed when the handler says so, even for a peer that did not say that it can read them
@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 # grpcio says that there are no more requests when the caller is gone, too, and only then cancels the handler: one that
 # acts on all it was sent must not take the one for the other. It nearly always comes within 1 ms.
 _CANCEL_S = 0.002
-_FOREVER_MS = (1 << 31) - 1
+_MOST = (1 << 31) - 1  # that grpcio's options take; of a time, for ever
 _COMPRESSION = {"gzip": grpc.Compression.Gzip, "deflate": grpc.Compression.Deflate}
 
 
@@ -46,13 +46,14 @@ class GrpcioDoor:
         most = max([limits.message_bytes, *(method.max_request_bytes or 0 for method in methods.values())])
         self._server = aio.server(
             options=[
-                ("grpc.max_receive_message_length", most),
+                # Of a message as it comes: one at the limit may have grown by being compressed.
+                ("grpc.max_receive_message_length", min(most + (most >> 8) + 64, _MOST)),
                 ("grpc.max_send_message_length", -1),
                 ("grpc.max_concurrent_streams", limits.streams),
                 ("grpc.max_metadata_size", limits.header_bytes),
                 ("grpc.absolute_max_metadata_size", limits.header_bytes),
                 ("grpc.server_handshake_timeout_ms", int(limits.handshake_s * 1e3)),
-                ("grpc.max_connection_idle_ms", min(int(limits.idle_s * 1e3) or _FOREVER_MS, _FOREVER_MS)),
+                ("grpc.max_connection_idle_ms", min(int(limits.idle_s * 1e3) or _MOST, _MOST)),
                 ("grpc.so_reuseport", 0),  # else a second server takes half the calls of the first, in silence
             ]
         )

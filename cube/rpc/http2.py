@@ -231,6 +231,7 @@ class Connection:
         self.closed = False  # nothing more is processed: write `out`, then close the transport
         self.streams: dict[int, Stream] = {}  # those that are not closed
         self.pending = 0  # bytes queued in streams
+        self.moved = 0  # bytes of bodies that have come in, and that windows have let out
         self.peer_max_streams = MAX_STREAM_ID
         self.failure = ""  # why the connection failed, for logs
 
@@ -513,6 +514,7 @@ class Connection:
                     if self._credit >= self._half_window:
                         self._give_back(0)
                     stream.room -= size
+                    self.moved += size
                     if size >= self._worth and self._patience < self._most_patience:
                         self._patience += 1
                     if flags:
@@ -571,6 +573,7 @@ class Connection:
         if size > self._room - self._credit:
             raise _ConnectionError(ErrorCode.FLOW_CONTROL_ERROR, "more data than the connection's window")
         self._give_back(size)
+        self.moved += size
         ends = flags & END_STREAM != 0
         useful = size - padding - (flags & PADDED != 0)
         if useful >= self._worth and self._patience < self._most_patience:
@@ -1027,6 +1030,7 @@ class Connection:
             stream.window -= size
             stream.pending -= size
             self.pending -= size
+            self.moved += size
             if size >= WORK and self._patience < self._most_patience:
                 self._patience += 2
         if over:

@@ -1,13 +1,14 @@
 """Requests over HTTP/2 that are not gRPC, for the router: health checks, metrics, a browser behind TLS."""
 
 import asyncio
+import re
 from collections.abc import AsyncIterator, Coroutine
 from typing import TYPE_CHECKING, Any, cast
 
 from cube.errors import Overloaded, ServingError
 from cube.rpc.calls import Buffer, Reply
 from cube.rpc.headers import Head, encode
-from cube.rpc.http2 import ErrorCode, State, Stream
+from cube.rpc.http2 import ErrorCode, Stream
 from cube.rpc.router import (
     Headers,
     HttpError,
@@ -24,6 +25,7 @@ from cube.rpc.router import (
 if TYPE_CHECKING:
     from cube.rpc.server_calls import ServerCalls
 
+_NAME, _VALUE = re.compile(r"[!#$%&'*+\-.^_`|~0-9a-z]+"), re.compile(r"[^\0-\x1f\x7f\u0100-\U0010ffff]*")
 _QUEUED_BYTES = 1 << 20  # a streamed body waits while so much of it waits for the peer
 
 
@@ -61,7 +63,7 @@ class PlainCall:
                 raise too_large(self._most)
             if self._owner.is_over_limits:
                 raise Overloaded("too many bytes in flight")
-            encoding = self._request.headers.get("content-encoding", "identity")
+            encoding = self._request.headers.get("content-encoding", "identity").lower()
             if encoding != "identity" and not ended:
                 self._inflater = Inflater(encoding, self._most)
         except ServingError as error:
@@ -74,9 +76,8 @@ class PlainCall:
         """Part of the body."""
         self._owner.http2.consumed(self._stream, len(data))
         try:
-            part = data if self._inflater is None else self._inflater.inflate(bytes(data))
-            self._body += part
-            self._owner.hold(self, len(part))
+            self._body += data if self._inflater is None else self._inflater.inflate(bytes(data))
+            self._owner.hold(self, len(self._body))
             if len(self._body) > self._most:
                 raise too_large(self._most)
             if self._owner.is_over_limits:
@@ -112,10 +113,14 @@ class PlainCall:
             return
         pieces = cast(AsyncIterator[Reply], response.body)
         try:
-            self._send_head(response, None)
+            self._owner.http2.send_headers(self._stream, self._head_of(response, None))
             async for piece in pieces:
-                self._owner.http2.send_data(self._stream, buffers(piece))
+                parts = buffers(piece)
+                self._owner.http2.send_data(self._stream, parts)
+                self._owner.made += sum(map(len, parts))
                 self._owner.flush()
+                while self._owner.made > _QUEUED_BYTES:  # a handler may never wait by itself
+                    await asyncio.sleep(0)
                 while self._stream.pending > _QUEUED_BYTES or self._owner.paused:
                     self._woken = asyncio.get_running_loop().create_future()
                     await self._woken
@@ -131,34 +136,37 @@ class PlainCall:
     def _respond(self, response: Response) -> None:
         try:
             parts = buffers(cast(Reply, response.body))
-        except (TypeError, BufferError) as error:
+            head = self._head_of(response, sum(map(len, parts)))
+        except (TypeError, BufferError, ValueError) as error:  # the handler's fault
             response = refusal(error, self._method, self._path)
             parts = buffers(cast(Reply, response.body))
-        size = sum(map(len, parts))
-        if self._method == "HEAD" or not size:
-            self._send_head(response, size, ended=True)
+            head = self._head_of(response, sum(map(len, parts)))
+        if self._method == "HEAD" or not any(parts):
+            self._owner.http2.send_headers(self._stream, head, ended=True)
         else:
-            self._send_head(response, size)
+            self._owner.http2.send_headers(self._stream, head)
             self._owner.http2.send_data(self._stream, parts, ended=True)
-            self._owner.made += size
+            self._owner.made += sum(map(len, parts))
         self._over()
 
-    def _send_head(self, response: Response, size: int | None, ended: bool = False) -> None:
-        fields = [(b":status", b"%d" % response.status), (b"content-type", response.content_type.encode("latin-1"))]
+    def _head_of(self, response: Response, size: int | None) -> bytes:
+        """An encoded head; raises ValueError for fields that cannot be sent."""
+        fields = [("content-type", response.content_type)]
         if size is not None and response.status != 204:
-            fields.append((b"content-length", b"%d" % size))
-        fields += [(name.lower().encode("latin-1"), value.encode("latin-1")) for name, value in response.headers]
-        self._owner.http2.send_headers(self._stream, encode(fields), ended)
+            fields.append(("content-length", str(size)))
+        fields += [(name.lower(), value) for name, value in response.headers]
+        if bad := [name for name, value in fields if not (_NAME.fullmatch(name) and _VALUE.fullmatch(value))]:
+            raise ValueError(f"response field {bad[0]!r}: found what HTTP cannot carry")
+        head = [(name.encode("ascii"), value.encode("latin-1")) for name, value in fields]
+        return encode([(b":status", b"%d" % response.status), *head])
 
     def _refuse(self, error: ServingError) -> None:
         self._respond(refusal(error, self._method, self._path))
 
     def _over(self) -> None:
         self._stream.call = None
-        if self._stream.state is State.HALF_CLOSED_LOCAL:  # the rest of the request is not needed
-            self._owner.http2.reset(self._stream, ErrorCode.NO_ERROR)
-        if self.held:
-            self._owner.let_go(self)
+        self._owner.dismiss(self._stream)
+        self._owner.hold(self, 0)
         self._owner.flush()
 
     @property
@@ -174,8 +182,7 @@ class PlainCall:
     def gone(self) -> None:
         """The caller has gone: the handler is cancelled."""
         self._stream.call = None
-        if self.held:
-            self._owner.let_go(self)
+        self._owner.hold(self, 0)
         if self.task is not None:
             self.task.cancel()
 

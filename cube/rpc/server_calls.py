@@ -47,6 +47,7 @@ _PLAIN_HEAD = encode(_HEAD)
 _REPLY = Template(_PLAIN_HEAD, encode([(b"grpc-status", b"0")]))
 _ACCEPTS = (b"grpc-accept-encoding", framing.ACCEPTED)
 _QUEUED_BYTES = 1 << 20  # a streaming handler waits while so much of its replies waits for the peer
+_PROGRESS_BYTES = 1_024  # that must move within stall_s where something waits for the peer
 _DRAIN_PING = b"draining"
 _DRAIN_S = 1.0  # how long a peer without calls may take to say that it knows of the end
 
@@ -175,31 +176,36 @@ class GrpcCall(Call):
         owner, inbox = self._owner, self._inbox
         if self._messages is None:
             self._messages = framing.Messages(self._route.most, self._note.encoding)
-        into = deque[Buffer]() if inbox is None else inbox.messages
-        had = len(into)
-        owner.hold(self, len(data))
         try:
-            self._messages.feed(data, into)
-            if owner.is_over_limits:
-                raise Overloaded("too many bytes in flight")
-            if inbox is None and into:
-                if len(into) > 1 or self._request is not None:
+            for message in self._messages.feed(data):
+                if inbox is not None:
+                    inbox.put(message)
+                elif self._request is None:
+                    self._request = message
+                else:
                     raise Internal("several requests in a call that has one")
-                self._request = into[0]
+                self._count()
+            self._count()
         except ServingError as error:
-            owner.http2.consumed(self._stream, len(data))
             self.fail(error)
             return
-        if inbox is None:
+        if inbox is None or not inbox.messages:  # nothing that a handler could take: the rest must be able to come
             owner.http2.consumed(self._stream, len(data))
         else:
             inbox.owed += len(data)
-            if not into:  # nothing that the handler could take: the rest of the message must be able to come
-                self._settle()
-            elif len(into) > had:
-                inbox.news()
         if ended:
             self.on_end()
+
+    def _count(self) -> None:
+        """Count what is held of the requests, expanded. Raises Overloaded where that is too much."""
+        held = 0 if self._messages is None else self._messages.held
+        if self._inbox is not None:
+            held += self._inbox.held
+        elif self._request is not None:
+            held += len(self._request)
+        self._owner.hold(self, held)
+        if self._owner.is_over_limits:
+            raise Overloaded("too many bytes in flight")
 
     def on_end(self) -> None:
         """The caller has sent all it will send."""
@@ -211,12 +217,14 @@ class GrpcCall(Call):
         else:
             self._answer(self._request)
 
-    def _settle(self) -> None:
-        """Give back the credit for what the handler has taken from its inbox."""
+    def taken(self) -> None:
+        """The handler has taken a message from its inbox: the caller may send more when it has taken all."""
         inbox = self._inbox
-        if inbox is not None and inbox.owed:
+        if inbox is None or self._messages is None or self._stream.call is not self:  # nobody counts any more
+            return
+        self._owner.hold(self, inbox.held + self._messages.held)
+        if inbox.owed and not inbox.messages:
             owed, inbox.owed = inbox.owed, 0
-            self._owner.let_go(self)
             self._owner.http2.consumed(self._stream, owed)
             self._owner.flush()
 
@@ -243,8 +251,7 @@ class GrpcCall(Call):
         if isinstance(reply, _READY) or not hasattr(reply, "__await__"):
             self._reply(cast(Reply, reply))
         else:
-            if not self.held:
-                self._owner.hold(self, len(message))
+            self._owner.hold(self, len(message))
             self._awaited = cast(Awaitable[Reply], reply)
             self._run(self._unary())
 
@@ -286,9 +293,11 @@ class GrpcCall(Call):
             async for reply in replies:
                 self._send(reply)
                 self._owner.flush()
-                if self._owner.made > _QUEUED_BYTES:  # have it written first: then we know whether the transport is full
+                while self._owner.made > _QUEUED_BYTES:  # have it written first: a handler may never wait by itself
                     await asyncio.sleep(0)
-                while (self._stream.pending > _QUEUED_BYTES or self._owner.paused) and not self.cancelled:
+                if self.cancelled:  # and it paid no attention
+                    return
+                while self._stream.pending > _QUEUED_BYTES or self._owner.paused:
                     self._woken = asyncio.get_running_loop().create_future()
                     await self._woken
             self._end("OK", "", b"")
@@ -313,6 +322,8 @@ class GrpcCall(Call):
 
     def _reply(self, reply: Reply) -> None:
         """The one reply of a call, and its end."""
+        if self.cancelled:
+            return
         http2, stream = self._owner.http2, self._stream
         try:
             if self.compression is None and self._initial is None and self._trailing is None:
@@ -350,11 +361,11 @@ class GrpcCall(Call):
         else:
             fields = framing.encode_metadata(self._initial or ()) + fields
             http2.send_headers(stream, encode([*_HEAD, *fields]), ended=True)
-        if stream.state is State.HALF_CLOSED_LOCAL:  # the caller need not send the rest
-            http2.reset(stream, ErrorCode.NO_ERROR)
 
     def fail(self, error: Exception) -> None:
-        """Answer with an error."""
+        """Answer with an error, and stop the handler if it still runs."""
+        if self.cancelled:
+            return
         if not isinstance(error, ServingError):
             log.error("%s failed", self.path, exc_info=error)
         try:
@@ -364,21 +375,27 @@ class GrpcCall(Call):
             log.exception("%s failed", self.path)
             self._end(*FAULT)
         self._over()
+        if self.task is not None and self.task is not asyncio.current_task():
+            self.gone()
 
     def _expire(self) -> None:
         """The deadline has passed: the caller is told, the handler is cancelled."""
         self._timer = None
-        self.fail(StatusError("DEADLINE_EXCEEDED", f"{self.path}: the deadline has passed"))
-        self.gone()
+        if self._stream.queue is not None:  # replies that wait: the status would wait behind them
+            self._owner.http2.reset(self._stream, ErrorCode.CANCEL)
+            self._over()
+            self.gone()
+        else:
+            self.fail(StatusError("DEADLINE_EXCEEDED", f"{self.path}: the deadline has passed"))
 
     def _over(self) -> None:
         """The reply is complete."""
         self._stream.call = None
+        self._owner.dismiss(self._stream)
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        if self.held:
-            self._owner.let_go(self)
+        self._owner.hold(self, 0)
         self._owner.flush()
 
     def gone(self) -> None:
@@ -388,8 +405,7 @@ class GrpcCall(Call):
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        if self.held:
-            self._owner.let_go(self)
+        self._owner.hold(self, 0)
         if self.task is not None:
             self.task.cancel()
         if inspect.iscoroutine(self._awaited):
@@ -412,11 +428,18 @@ class _Inbox:
 
     def __init__(self, call: GrpcCall):
         self.messages: deque[Buffer] = deque()
+        self.held = 0  # bytes of them
         self.owed = 0  # flow-control credit that goes back when the handler has taken what is here
         self._call = call
         self._ended = False
         self._error: Exception | None = None
         self._waiter: asyncio.Future[None] | None = None
+
+    def put(self, message: Buffer) -> None:
+        """A message has come."""
+        self.messages.append(message)
+        self.held += len(message)
+        self.news()
 
     def news(self, ended: bool = False, error: Exception | None = None) -> None:
         """Messages have come, or the end, or what stands in its place."""
@@ -437,8 +460,8 @@ class _Inbox:
             self._waiter = asyncio.get_running_loop().create_future()
             await self._waiter
         message = self.messages.popleft()
-        if not self.messages:
-            self._call._settle()
+        self.held -= len(message)
+        self._call.taken()
         return message
 
 
@@ -466,7 +489,8 @@ class ServerCalls:
         self._held = 0  # bytes of requests that are being received or worked on
         self._queued = 0  # bytes of replies that wait for the peer's windows, as counted in the budget
         self._inside = False  # in receive(): what is written meanwhile needs no wake
-        self._moved = True  # bytes have moved since the last tick
+        self._mark = 0  # http2.moved when there was progress last
+        self._idle_since = 0.0
         self._greeted = False
         self._began: float | None = None
         self._progress = 0.0
@@ -483,28 +507,29 @@ class ServerCalls:
 
     def receive(self, data: Buffer) -> None:
         """Process bytes of the peer. Never raises."""
-        self._inside = self._moved = True
+        self._inside = True
         for event in self.http2.receive(data):
-            if type(event) is DataReceived:
-                stream, body, ended = event
-                if stream.call is not None:
-                    stream.call.on_data(body, ended)
+            try:
+                if type(event) is DataReceived:
+                    stream, body, ended = event
+                    if stream.call is not None:
+                        stream.call.on_data(body, ended)
+                    else:
+                        self.http2.consumed(stream, len(body))
+                elif type(event) is HeadersReceived:
+                    self._on_headers(event.stream, event.head, event.ended)
                 else:
-                    self.http2.consumed(stream, len(body))
-            elif type(event) is HeadersReceived:
-                self._on_headers(event.stream, event.head, event.ended)
-            else:
-                self._on_other(event)
+                    self._on_other(event)
+            except Exception:  # a fault of ours is that call's end, not its neighbours'
+                log.exception("%s: a call failed", self.peer)
+                self._drop(getattr(event, "stream", None))
         self._inside = False
         self._account()
 
     def take(self) -> list[Buffer]:
         """What to write now."""
-        out = self.http2.take()
-        if out:
-            self._moved = True
-            self.made = 0
-        return out
+        self.made = 0
+        return self.http2.take()
 
     def pause(self) -> None:
         """The transport is full: streaming handlers wait."""
@@ -532,9 +557,10 @@ class ServerCalls:
         http2, limits = self.http2, self.limits
         http2.renew()
         if self._began is None:
-            self._began = self._progress = now
-        if self._moved:
-            self._moved, self._progress = False, now
+            self._began = self._progress = self._idle_since = now
+        waits = http2.pending > 0 or any(map(_is_receiving, http2.streams.values()))
+        if not waits or http2.moved - self._mark >= _PROGRESS_BYTES:
+            self._mark, self._progress = http2.moved, now
         if self._draining:
             if self._drained_at is None:
                 self._drained_at = now
@@ -544,10 +570,11 @@ class ServerCalls:
         if not self._greeted:
             if now - self._began >= limits.handshake_s:
                 self._give_up("no SETTINGS in time")
-        elif http2.streams:
-            if still >= limits.stall_s and (http2.pending or any(map(_is_receiving, http2.streams.values()))):
-                self._give_up(f"nothing moved for {still:.0f} s in the middle of a call")
-        elif limits.idle_s and still >= limits.idle_s and not self._tasks:
+        elif still >= limits.stall_s:  # PINGs, and a byte now and then, are no progress
+            self._give_up(f"nothing moved for {still:.0f} s in the middle of a call")
+        if not self.idle:
+            self._idle_since = now
+        elif limits.idle_s and now - self._idle_since >= limits.idle_s:
             self._give_up("idle")
 
     def lost(self) -> None:
@@ -591,7 +618,7 @@ class ServerCalls:
         if isinstance(event, (TrailersReceived, StreamReset, StreamWritable)):
             call: StreamCall | None = event.stream.call
             if call is None:
-                pass
+                self.dismiss(event.stream)
             elif isinstance(event, TrailersReceived):  # gRPC's callers send none; the end is what counts
                 call.on_end()
             elif isinstance(event, StreamReset):
@@ -615,16 +642,17 @@ class ServerCalls:
         return self._held + self.http2.pending + self.made > self.limits.connection_bytes or self._budget.exceeded
 
     def hold(self, call: StreamCall, count: int) -> None:
-        """Count bytes of a request as in flight."""
-        call.held += count
-        self._held += count
-        self._budget.take(count)
+        """So many bytes of a call's request are in flight now."""
+        change = count - call.held
+        if change:
+            call.held = count
+            self._held += change
+            self._budget.take(change)
 
-    def let_go(self, call: StreamCall) -> None:
-        """None of the call's are any more."""
-        self._held -= call.held
-        self._budget.give(call.held)
-        call.held = 0
+    def dismiss(self, stream: Stream) -> None:
+        """A reply is complete: where the request is not, its caller need not send the rest."""
+        if stream.state is State.HALF_CLOSED_LOCAL:
+            self.http2.reset(stream, ErrorCode.NO_ERROR)
 
     def run(self, call: StreamCall, work: Coroutine[Any, Any, None]) -> None:
         """Run a call's coroutine in a task, which `lost` and `gone` cancel."""
@@ -639,6 +667,12 @@ class ServerCalls:
             self._wake()
 
     # ---- accounts and the end ----
+
+    def _drop(self, stream: Stream | None) -> None:
+        if stream is not None:
+            self.http2.reset(stream, ErrorCode.INTERNAL_ERROR)
+            if stream.call is not None:
+                stream.call.gone()
 
     def _finished(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
