@@ -1,21 +1,27 @@
 """The client end of a connection: an asyncio channel over `client_calls`.
 
 One channel is one endpoint and one connection; any number of calls share it. It connects on first use and again after a
-loss, with a growing pause after failures. What endpoints there are is `naming`'s business, which of them is asked
-`routing`'s: a caller with several keeps a channel for each. `blocking_channel` is the same for threads.
+loss, with a growing pause after failures. What endpoints there are and which of them is asked is no business of a
+channel's: that comes on top, and keeps a channel for each. `blocking_channel` is the same for threads.
+
+A connection counts as one when the server's first SETTINGS are here: something that only accepts is no server, and a
+loss before that is a failed attempt. A call that the server is known not to have looked at (REFUSED_STREAM, or above the
+last stream of a GOAWAY) is sent a second time, once. One that finds the server's limit on streams reached waits in line.
 """
 
 import asyncio
+import contextlib
+import math
 import random
 import ssl
-from collections import deque
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple
 
-from cube.errors import BadConfig, Unavailable, from_wire
+from cube.errors import BadConfig, ServingError, from_wire
 from cube.rpc.calls import Buffer, Field, Reply
 from cube.rpc.client_calls import ClientCall, ClientCalls
 from cube.rpc.limits import Limits
@@ -23,6 +29,7 @@ from cube.rpc.limits import Limits
 FIRST_BACKOFF_S, MAX_BACKOFF_S = 0.05, 1.0
 CONNECT_S = 10.0
 PROBE_S = 5.0  # for a server that has let a deadline pass without a sign of life, to answer a ping
+LINGER_S = 1.0  # for what is written to leave before a connection is cut: a server need not read
 QUEUED_BYTES = 1 << 20  # a stream's sender waits while so much waits for the server
 _PING = b"keepaliv"
 
@@ -52,6 +59,10 @@ class Endpoint(NamedTuple):
         host = host.removeprefix("[").removesuffix("]") if host.startswith("[") else host
         if not host or not port.isdigit() or not 0 < int(port) < 65536:
             raise BadConfig("endpoint", repr(text), "host:port, [IPv6]:port or unix:/path")
+        try:
+            host.encode("idna")  # as the resolver will: labels may be empty, or too long
+        except UnicodeError as error:
+            raise BadConfig("endpoint", repr(text), "the name of a host") from error
         return cls(text, host, int(port), "")
 
     @property
@@ -103,7 +114,7 @@ class Channel:
         self._tls, self._limits, self._keepalive_s = tls, limits or Limits(), keepalive_s
         self._link: _Link | None = None
         self._links: set[_Link] = set()  # those that still have calls, too
-        self._connecting: asyncio.Task[_Link] | None = None
+        self._connecting: asyncio.Task[bool] | None = None
         self._failures = 0  # to connect, in a row
         self._not_before = 0.0  # loop time of the next attempt
         self._why = ""
@@ -158,32 +169,37 @@ class Channel:
     ) -> "Stream":
         """Start a call of streams. message: the only request of a server-streaming call; None if `send` follows."""
         loop = asyncio.get_running_loop()
-        deadline = None if timeout_s is None else loop.time() + timeout_s
+        deadline = None if timeout_s is None or timeout_s == math.inf else loop.time() + timeout_s
         link = self._link
-        if link is None or not link.calls.can_start:
+        if link is None or link.queued or not link.calls.can_start:
             link = await self._ready(deadline, wait_for_ready)
         stream = Stream(link)
+        try:
+            stream.call = link.calls.start(
+                self._method(link, path, compression),
+                message,
+                timeout_s=None if deadline is None else max(deadline - loop.time(), 0),
+                on_event=stream.on_event,
+                metadata=metadata,
+                compression=compression,
+                max_reply_bytes=max_reply_bytes,
+                unary=False,
+            )
+        except Exception:
+            link.wake()  # the next in line may have our place
+            raise
         link.streams.add(stream)
-        stream.call = link.calls.start(
-            self._method(link, path, compression),
-            message,
-            timeout_s=None if deadline is None else max(deadline - loop.time(), 0),
-            on_event=stream.on_event,
-            metadata=metadata,
-            compression=compression,
-            max_reply_bytes=max_reply_bytes,
-            unary=False,
-        )
         link.flush()
         if deadline is not None:
             stream.timer = loop.call_at(deadline, self._expire, link, stream.call, path)
         return stream
 
     async def close(self) -> None:
-        """Give up calls in flight and disconnect."""
+        """Give up calls in flight, and those that wait for a connection, and disconnect. All get UNAVAILABLE."""
         self._closed = True
         if self._connecting is not None:
             self._connecting.cancel()
+            await asyncio.wait((self._connecting,))
         for link in list(self._links):
             link.close()
         for link in list(self._links):
@@ -210,23 +226,30 @@ class Channel:
         max_reply_bytes: int | None,
     ) -> ClientCall:
         loop = asyncio.get_running_loop()
+        if timeout_s == math.inf:
+            timeout_s = None
         deadline = None if timeout_s is None else loop.time() + timeout_s
+        again = True
         while True:
             link = self._link
-            if link is None or not link.calls.can_start:
+            if link is None or link.queued or not link.calls.can_start:
                 link = await self._ready(deadline, wait_for_ready)
                 if deadline is not None:
                     timeout_s = max(deadline - loop.time(), 0)
             done: asyncio.Future[ClientCall] = loop.create_future()
-            call = link.calls.start(
-                self._methods.get((path, compression)) or self._method(link, path, compression),
-                message,
-                timeout_s=timeout_s,
-                on_event=partial(_settle, done),
-                metadata=metadata,
-                compression=compression,
-                max_reply_bytes=max_reply_bytes,
-            )
+            try:
+                call = link.calls.start(
+                    self._methods.get((path, compression)) or self._method(link, path, compression),
+                    message,
+                    timeout_s=timeout_s,
+                    on_event=partial(_settle, done),
+                    metadata=metadata,
+                    compression=compression,
+                    max_reply_bytes=max_reply_bytes,
+                )
+            except Exception:
+                link.wake()  # the next in line may have our place
+                raise
             link.flush()
             timer = None if deadline is None else loop.call_at(deadline, self._expire, link, call, path)
             try:
@@ -243,9 +266,13 @@ class Channel:
                     link.after_call()
             if call.error is None:
                 return call
-            if not call.error.never_processed:
+            if not (call.error.never_processed and again):
                 raise call.error
-            # The server is known to have done nothing (it was going away): the next connection gets the call.
+            # The server is known to have done nothing, as when it is going away: once more, there or on the next
+            # connection. Only once: a server that refuses every call must not be asked as fast as it can answer.
+            again = False
+            if deadline is not None:
+                timeout_s = max(deadline - loop.time(), 0)
 
     def _method(self, link: "_Link", path: str, compression: str | None) -> bytes:
         block = self._methods.get((path, compression))
@@ -262,51 +289,65 @@ class Channel:
     # ---- connections ----
 
     async def _ready(self, deadline: float | None, wait: bool) -> "_Link":
-        """A connection on which a call can start. Raises Unavailable, DeadlineExceeded."""
+        """A connection on which a call can start, if it does so at once. Raises Unavailable, DeadlineExceeded."""
         loop = asyncio.get_running_loop()
         while True:
             if self._closed:
-                raise from_wire("UNAVAILABLE", f"the channel to {self.target} is closed")
+                raise self._is_closed()
             left = None if deadline is None else deadline - loop.time()
             if left is not None and left <= 0:
                 raise from_wire(
                     "DEADLINE_EXCEEDED", f"no connection within the deadline: {self._why or 'none yet'} [{self.target}]"
                 )
             link = self._link
-            try:
-                if link is not None and link.calls.can_start:
+            if link is not None and not link.calls.http2.is_going_away:
+                if link.calls.can_start and not link.queued:
                     return link
-                if link is not None and link.calls.full:
-                    await asyncio.wait_for(link.room(), left)
-                    continue
-                if self._connecting is None:
-                    pause = self._not_before - loop.time()
-                    if pause > 0 and not wait:
-                        raise from_wire("UNAVAILABLE", f"{self._why} [{self.target}]")
-                    self._connecting = loop.create_task(self._connect(max(pause, 0)))
-                await asyncio.wait_for(asyncio.shield(self._connecting), left)
-            except TimeoutError:
-                continue  # the deadline: said above
-            except Unavailable:
-                if not wait or self._closed:
-                    raise
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout_at(deadline):
+                        await link.room()
+                        if link.calls.can_start:
+                            return link
+                continue
+            if self._connecting is None:
+                pause = self._not_before - loop.time()
+                if pause > 0 and not wait:
+                    raise from_wire("UNAVAILABLE", f"{self._why} [{self.target}]")
+                self._connecting = loop.create_task(self._connect(max(pause, 0)))
+            attempt = self._connecting
+            # Not awaited itself: it is everybody's, and its end (by close(), too) must not cancel who waits for it.
+            await asyncio.wait((attempt,), timeout=left)
+            if attempt.done() and not self._closed and not wait and (attempt.cancelled() or not attempt.result()):
+                raise from_wire("UNAVAILABLE", f"{self._why} [{self.target}]")
 
-    async def _connect(self, pause: float) -> "_Link":
+    def _is_closed(self) -> ServingError:
+        return from_wire("UNAVAILABLE", f"the channel to {self.target} is closed")
+
+    async def _connect(self, pause: float) -> bool:
+        """Try to make a connection; whether there is one."""
         loop = asyncio.get_running_loop()
         try:
             if pause:
                 await asyncio.sleep(pause)
-            link = await asyncio.wait_for(self._open(), CONNECT_S)
-        except (TimeoutError, OSError, ssl.SSLError, ssl.CertificateError) as error:
+            async with asyncio.timeout(CONNECT_S):
+                link = await self._open()
+                try:
+                    await link.greeted.wait()
+                finally:
+                    if not link.calls.greeted:
+                        link.give_up("no HTTP/2 settings from the server in time")
+            if link.is_over:
+                raise ConnectionError(link.why)
+        except (OSError, ValueError) as error:  # TimeoutError, ssl.SSLError; names that are none
             self._failures += 1
             self._not_before = loop.time() + backoff_s(self._failures)
-            why = "no connection in time" if isinstance(error, asyncio.TimeoutError) else str(error)
+            why = "no connection in time" if isinstance(error, TimeoutError) else str(error)
             self._why = f"cannot connect: {why or type(error).__name__}"
-            raise from_wire("UNAVAILABLE", f"{self._why} [{self.target}]") from error
+            return False
         finally:
             self._connecting = None
         self._failures, self._link = 0, link
-        return link
+        return True
 
     async def _open(self) -> "_Link":
         loop, endpoint = asyncio.get_running_loop(), self._endpoint
@@ -331,9 +372,8 @@ class Channel:
             _, link = await loop.create_connection(
                 make, endpoint.host, endpoint.port, ssl=self._tls, server_hostname=server_hostname
             )
-        self._links.add(link)
-        if self._closed:
-            link.close()
+        if not link.is_over:
+            self._links.add(link)
         return link
 
     def _forget(self, link: "_Link", why: str) -> None:
@@ -353,7 +393,10 @@ class Stream:
         self._news: asyncio.Future[None] | None = None
 
     async def send(self, message: Reply) -> None:
-        """Send one message; waits while much of what was sent before waits for the server. Raises a ServingError."""
+        """Send one message; waits while much of what was sent before waits for the server. Raises a ServingError.
+
+        A large buffer is not copied: it must not change until the call is over, even if `send` has returned.
+        """
         while self.call.pending > QUEUED_BYTES or self._link.paused:
             if self.call.over:
                 break
@@ -370,9 +413,11 @@ class Stream:
             self._link.flush()
 
     async def initial(self) -> tuple[Field, ...]:
-        """The server's metadata, once it has begun to answer."""
+        """The server's metadata, once it has begun to answer. Raises a ServingError if the call fails before that."""
         while self.call.initial is None and not self.call.over:
             await self._wait()
+        if self.call.initial is None and self.call.error is not None:
+            raise self.call.error
         return self.call.initial or ()
 
     @property
@@ -431,41 +476,51 @@ class Stream:
 
 
 class _Link(asyncio.Protocol):
-    """One connection: moves bytes between a transport and ClientCalls."""
+    """One connection: moves bytes between a transport and ClientCalls.
+
+    Calls beyond the server's limit on streams stand in line (`room`). `wake` lets as many go as there are places, and
+    is called wherever a place may have come free; who was woken starts its call in the same step, or calls it again.
+    """
 
     def __init__(
         self, calls: ClientCalls, target: str, keepalive_s: float | None, forget: "Callable[[_Link, str], None]"
     ):
         self.calls = calls
-        self.waiters: deque[asyncio.Future[None]] = deque()  # calls that wait for the server's limit on streams
+        self.waiters: OrderedDict[asyncio.Future[None], None] = OrderedDict()  # calls in line that were not woken yet
+        self.queued = 0  # calls in line, woken or not: others go behind them
         self.streams: set[Stream] = set()
         self.is_leaving = False
+        self.is_over = False
+        self.why = ""  # it is over
         self.paused = False  # the transport is full
-        self.gone = asyncio.Event()
+        self.greeted = asyncio.Event()  # the server's first settings are here, or it is over
+        self.gone = asyncio.Event()  # and so is its socket
         self._target, self._keepalive_s, self._forget = target, keepalive_s, forget
         self._transport: asyncio.Transport
-        self._heard = False  # bytes have come since the timer last looked
-        self._timer: asyncio.TimerHandle | None = None
-        self._why = ""
+        self._heard = 0  # how often bytes have come
+        self._timers: dict[str, asyncio.TimerHandle] = {}
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = transport  # type: ignore[assignment]
         self.flush()
         if self._keepalive_s is not None:
-            self._timer = asyncio.get_running_loop().call_later(self._keepalive_s, self._look, self._keepalive_s, 0)
+            self._keep_alive(self._keepalive_s, -1, pinged=False)
 
     def data_received(self, data: bytes) -> None:
-        self._heard = True
+        self._heard += 1
         calls = self.calls
         calls.receive(data)
         if calls.http2.out:
             self.flush()
+        if calls.greeted and not self.greeted.is_set():
+            self.greeted.set()
+        if self.waiters:  # the server may have raised its limit
+            self.wake()
         if calls.http2.is_going_away or calls.closed:
             self.is_leaving = True
             self.after_call()
             if calls.closed:
-                self._why = f"the connection failed: {calls.http2.failure}"
-                self._transport.close()
+                self._end(f"the connection failed: {calls.http2.failure}")
 
     def flush(self) -> None:
         """Write what the state machine has made."""
@@ -488,75 +543,105 @@ class _Link(asyncio.Protocol):
             stream.on_event(stream.call)
 
     def eof_received(self) -> None:
-        self._why = self._why or "the server closed the connection"
+        # It can answer nothing any more. What waits to be written might wait for ever.
+        self.give_up("the server closed the connection")
 
     def connection_lost(self, error: Exception | None) -> None:
-        why = self._why or (f"the connection was lost: {error}" if error else "the connection was closed")
-        if self._timer is not None:
-            self._timer.cancel()
-        self._forget(self, why)
-        self.calls.lost(f"{why} [{self._target}]")
-        self._release(len(self.waiters))
+        self._over(f"the connection was lost: {error}" if error else "the connection was closed")
         self.gone.set()
 
     def close(self) -> None:
         """Say goodbye and close; what is in flight is cancelled."""
-        self._why = "the channel was closed"
+        self.why = self.why or "the channel was closed"
         self.calls.close()
         self.flush()
-        self._transport.close()
+        self._end(self.why)
+
+    def give_up(self, why: str) -> None:
+        """Nothing more can be expected of the server."""
+        self._over(why)
+        self._transport.abort()
 
     def after_call(self) -> None:
         """A call has ended: another may start, or a connection that is going away is no longer needed."""
-        self._release(1)
+        self.wake()
         if self.calls.http2.is_going_away:
             self.is_leaving = True
-            self._release(len(self.waiters))
-            if not self.calls.calls and not self._transport.is_closing():
-                self._why = "the server is going away"
-                self._transport.close()
+            if not self.calls.calls:
+                self._end("the server is going away")
 
     async def room(self) -> None:
-        """Wait until a call may start, or the connection is of no use any more."""
-        waiter = asyncio.get_running_loop().create_future()
-        self.waiters.append(waiter)
+        """Wait in line until a call may start, or the connection is of no use any more."""
+        waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.waiters[waiter] = None
+        self.queued += 1
+        self.wake()
         try:
             await waiter
-        finally:
-            if waiter.cancelled():
-                self.waiters = deque(other for other in self.waiters if other is not waiter)
+        except asyncio.CancelledError:
+            self.waiters.pop(waiter, None)
+            self.queued -= 1
+            self.wake()  # it may have been woken, too
+            raise
+        self.queued -= 1
+
+    def wake(self) -> None:
+        """Let go on who stands in line: as many as may start, or all where nobody ever will."""
+        http2, waiters = self.calls.http2, self.waiters
+        while waiters:
+            woken = self.queued - len(waiters)
+            if not http2.is_going_away and woken >= http2.peer_max_streams - len(http2.streams):
+                return
+            waiter, _ = waiters.popitem(last=False)
+            if not waiter.done():  # else it was cancelled, and leaves by itself
+                waiter.set_result(None)
 
     def probe(self) -> None:
         """A deadline passed: if not a byte comes for a ping either, the server is not there any more."""
-        if self._timer is None and not self.calls.closed:
-            self._heard = False
-            self.calls.ping(_PING)
-            self.flush()
-            self._timer = asyncio.get_running_loop().call_later(PROBE_S, self._look, 0.0, 1)
+        if "probe" not in self._timers and not self.is_over and not self.calls.closed:
+            self._ping()
+            self._later("probe", PROBE_S, partial(self._probed, self._heard))
 
-    def _look(self, interval: float, silent: int) -> None:
-        """The timer of keep-alive and of probes: `silent` is how many times in a row nothing had come."""
-        self._timer = None
-        if self._heard:
-            silent = 0
-        elif silent:
-            self._why = "the server does not answer"
-            self._transport.abort()
+    def _probed(self, heard: int) -> None:
+        del self._timers["probe"]
+        if heard == self._heard:
+            self.give_up("the server does not answer")
+
+    def _keep_alive(self, interval: float, heard: int, pinged: bool) -> None:
+        """Every so often. heard: `_heard` at the last time; pinged: what then was a ping."""
+        silent = heard == self._heard
+        if silent and pinged:
+            self.give_up("the server does not answer")
             return
-        else:
-            silent = 1
-            self.calls.ping(_PING)
-            self.flush()
-        self._heard = False
-        if interval:
-            self._timer = asyncio.get_running_loop().call_later(interval, self._look, interval, silent)
+        if silent:
+            self._ping()
+        self._later("keep-alive", interval, partial(self._keep_alive, interval, self._heard, silent))
 
-    def _release(self, count: int) -> None:
-        while count and self.waiters:
-            waiter = self.waiters.popleft()
-            if not waiter.done():
-                waiter.set_result(None)
-                count -= 1
+    def _ping(self) -> None:
+        self.calls.ping(_PING)
+        self.flush()
+
+    def _later(self, name: str, seconds: float, act: Callable[[], None]) -> None:
+        self._timers[name] = asyncio.get_running_loop().call_later(seconds, act)
+
+    def _end(self, why: str) -> None:
+        """Close when everything is written, or cannot be."""
+        self.why = self.why or why
+        if not self.is_over and not self._transport.is_closing():
+            self._transport.close()
+            self._later("end", LINGER_S, self._transport.abort)
+
+    def _over(self, why: str) -> None:
+        """Nothing is heard or said any more."""
+        if self.is_over:
+            return
+        self.is_over, self.is_leaving, self.why = True, True, self.why or why
+        for timer in self._timers.values():
+            timer.cancel()
+        self._forget(self, self.why)
+        self.calls.lost(f"{self.why} [{self._target}]")
+        self.wake()
+        self.greeted.set()
 
 
 def _settle(done: "asyncio.Future[ClientCall]", call: ClientCall) -> None:

@@ -4,6 +4,8 @@ A call's head is constant but for its time-out and metadata: `method` makes it o
 `ClientCall`; `on_event` is called from within `receive`, `lost` or `cancel`.
 """
 
+import re
+import struct
 from collections import deque
 from collections.abc import Callable, Sequence
 
@@ -18,6 +20,7 @@ from cube.rpc.http2 import (
     ErrorCode,
     HeadersReceived,
     PingAcked,
+    SettingsReceived,
     State,
     Stream,
     StreamReset,
@@ -26,6 +29,8 @@ from cube.rpc.http2 import (
 )  # fmt: skip
 from cube.rpc.limits import Limits
 
+_PATH = re.compile(r"[!-~]+")
+_COMPRESSIONS = (None, *(name for name in framing.ENCODINGS if name != "identity"))
 _TIMEOUT = b"\x00\x0cgrpc-timeout"  # a literal that is not indexed: RFC 7541 §6.2.2
 
 # gRPC's meaning of HTTP/2's error codes, and of HTTP's where the answer is not from a gRPC server.
@@ -39,8 +44,8 @@ _BY_HTTP = {
 }  # fmt: skip
 
 
-class _Note:
-    """What a response head's stable fields mean; kept on their Shape."""
+class _ReplyHead:
+    """What a reply's first fields mean; kept on their Shape."""
 
     __slots__ = ("encoding", "error")
 
@@ -61,7 +66,7 @@ class _Note:
                 self.error = "INTERNAL", str(error)
 
 
-class _End:
+class _ReplyEnd:
     """What a reply's last fields mean; kept on their Shape where nothing in them changes from call to call."""
 
     __slots__ = ("_bad", "_status", "trailing")
@@ -129,10 +134,11 @@ class ClientCall:
         return message
 
     def send(self, message: Reply) -> None:
-        """Send one more request. Nothing happens on a call that is over."""
-        pressed = self._compression is not None
-        buffers, _ = framing.compressed(message, str(self._compression)) if pressed else framing.frame(message)
-        self._owner.http2.send_data(self._stream, buffers)
+        """Send one more request. Nothing happens on a call that is over. Raises TypeError, ValueError: see _framed.
+
+        Large buffers are not copied: they must not change until the call is over.
+        """
+        self._owner.http2.send_data(self._stream, _framed(message, self._compression))
 
     def end(self) -> None:
         """All requests are sent."""
@@ -152,6 +158,7 @@ class ClientCalls:
         self.http2 = Connection(is_client=True, limits=limits)
         self.calls = 0  # in flight
         self.pongs = 0  # answers to our pings
+        self.greeted = False  # the server's first settings have come: it is there, and speaks HTTP/2
         self.going_away = ""  # what the server said when it announced its end
         self._limits = limits
         self._common = [
@@ -176,7 +183,13 @@ class ClientCalls:
         return self.http2.closed
 
     def method(self, path: str, compression: str | None = None) -> bytes:
-        """The constant part of a head, for `start`. compression: "gzip" or "deflate", of the requests."""
+        """The constant part of a head, for `start`. compression: "gzip" or "deflate", of the requests.
+
+        Raises ValueError for what cannot be sent.
+        """
+        if not _PATH.fullmatch(path):
+            raise ValueError(f"path {path!r}: expected printable ASCII without spaces, /package.Service/Method")
+        _check_compression(compression)
         fields = [self._common[0], self._common[1], (b":path", path.encode("ascii")), *self._common[2:]]
         if compression is not None:
             fields.append((b"grpc-encoding", compression.encode()))
@@ -196,7 +209,9 @@ class ClientCalls:
     ) -> ClientCall:
         """Start a call. `request` is its only one; None if `send` and `end` will follow.
 
-        Raises http2.Refused unless can_start, and BadRequest for metadata that cannot be sent.
+        Raises http2.Refused unless can_start, BadRequest for metadata that cannot be sent, and TypeError or ValueError
+        for a message or a compression that is none. Then nothing has happened: all that can fail comes before the
+        stream is opened.
         """
         block = method
         if timeout_s is not None:
@@ -204,12 +219,13 @@ class ClientCalls:
             block = b"%b%b%c%b" % (block, _TIMEOUT, len(value), value)
         if metadata:
             block += encode(framing.encode_metadata(metadata))
+        _check_compression(compression)
+        buffers = None if request is None else _framed(request, compression)
         stream = self.http2.open_stream(block, ended=False)
         most = self._limits.message_bytes if max_reply_bytes is None else max_reply_bytes
         call = stream.call = ClientCall(self, stream, on_event, unary, most, compression)
         self.calls += 1
-        if request is not None:
-            buffers, _ = framing.frame(request) if compression is None else framing.compressed(request, compression)
+        if buffers is not None:
             self.http2.send_data(stream, buffers, ended=True)
         return call
 
@@ -229,6 +245,8 @@ class ClientCalls:
                     event.stream.call.on_event(event.stream.call)
             elif isinstance(event, PingAcked):
                 self.pongs += 1
+            elif isinstance(event, SettingsReceived):
+                self.greeted = True
             elif isinstance(event, ConnectionFailed):
                 self.going_away = event.reason
 
@@ -276,8 +294,8 @@ class ClientCalls:
         if call is None:
             return
         note = head.shape.note
-        if type(note) is not _Note:
-            note = head.shape.note = _Note(head)
+        if type(note) is not _ReplyHead:
+            note = head.shape.note = _ReplyHead(head)
         if note.error is not None and framing.decode_status(head.fields) is None:
             self._refuse(call, from_wire(*note.error))
             return
@@ -325,8 +343,8 @@ class ClientCalls:
         if call is None:
             return
         note = head.shape.note if not head.volatile else None
-        if type(note) is not _End:
-            note = _End(head)
+        if type(note) is not _ReplyEnd:
+            note = _ReplyEnd(head)
             if not head.volatile:
                 head.shape.note = note
         call.trailing = note.trailing
@@ -361,3 +379,23 @@ class ClientCalls:
         """A reply that cannot be used."""
         self.http2.reset(call._stream, ErrorCode.CANCEL)
         self.finish(call, error)
+
+
+def _check_compression(compression: str | None) -> None:
+    if compression not in _COMPRESSIONS:
+        raise ValueError(
+            f"compression {compression!r}: expected None or one of {', '.join(map(str, _COMPRESSIONS[1:]))}"
+        )
+
+
+def _framed(message: Reply, compression: str | None) -> list[Buffer]:
+    """A request as DATA. Raises TypeError, ValueError for what is no message."""
+    try:
+        return (framing.frame(message) if compression is None else framing.compressed(message, compression))[0]
+    except TypeError as error:
+        kind = type(message).__name__
+        raise TypeError(
+            f"a message that is {kind}: expected a C-contiguous buffer or a list of them ({error})"
+        ) from error
+    except struct.error as error:
+        raise ValueError("a message of 4 GiB or more, which gRPC cannot carry") from error
