@@ -5,8 +5,9 @@ loss, with a growing pause after failures. What endpoints there are and which of
 channel's: that comes on top, and keeps a channel for each. `blocking_channel` is the same for threads.
 
 A connection counts as one when the server's first SETTINGS are here: something that only accepts is no server, and a
-loss before that is a failed attempt. A call that the server is known not to have looked at (REFUSED_STREAM, or above the
-last stream of a GOAWAY) is sent a second time, once. One that finds the server's limit on streams reached waits in line.
+loss before that is a failed attempt. A call that the server is known not to have looked at (REFUSED_STREAM, or a stream
+above the last one of a GOAWAY) is sent a second time, once. One that finds the server's limit on streams reached waits
+in line.
 """
 
 import asyncio
@@ -226,6 +227,8 @@ class Channel:
         max_reply_bytes: int | None,
     ) -> ClientCall:
         loop = asyncio.get_running_loop()
+        if message is None:
+            raise TypeError("a call without a message: only a stream's may follow later")
         if timeout_s == math.inf:
             timeout_s = None
         deadline = None if timeout_s is None else loop.time() + timeout_s
@@ -336,8 +339,8 @@ class Channel:
                 finally:
                     if not link.calls.greeted:
                         link.give_up("no HTTP/2 settings from the server in time")
-            if link.is_over:
-                raise ConnectionError(link.why)
+            if link.is_leaving:  # before anything could be asked of it
+                raise ConnectionError(link.why or "the server is going away")
         except (OSError, ValueError) as error:  # TimeoutError, ssl.SSLError; names that are none
             self._failures += 1
             self._not_before = loop.time() + backoff_s(self._failures)
@@ -372,13 +375,14 @@ class Channel:
             _, link = await loop.create_connection(
                 make, endpoint.host, endpoint.port, ssl=self._tls, server_hostname=server_hostname
             )
-        if not link.is_over:
+        if not link.gone.is_set():
             self._links.add(link)
         return link
 
     def _forget(self, link: "_Link", why: str) -> None:
-        """A connection has ended."""
-        self._links.discard(link)
+        """A connection has ended; `gone` tells whether its socket has, too."""
+        if link.gone.is_set():
+            self._links.discard(link)
         if self._link is link:
             self._link, self._why = None, why
 
@@ -549,6 +553,7 @@ class _Link(asyncio.Protocol):
     def connection_lost(self, error: Exception | None) -> None:
         self._over(f"the connection was lost: {error}" if error else "the connection was closed")
         self.gone.set()
+        self._forget(self, self.why)
 
     def close(self) -> None:
         """Say goodbye and close; what is in flight is cancelled."""

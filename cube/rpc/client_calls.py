@@ -299,7 +299,8 @@ class ClientCalls:
         if note.error is not None and framing.decode_status(head.fields) is None:
             self._refuse(call, from_wire(*note.error))
             return
-        if ended:  # a reply that is nothing but a status
+        if ended:  # a reply that is nothing but a status: no metadata came before it
+            call.initial = ()
             self._on_status(call, head)
             return
         call._messages.encoding = note.encoding
@@ -391,11 +392,18 @@ def _check_compression(compression: str | None) -> None:
 def _framed(message: Reply, compression: str | None) -> list[Buffer]:
     """A request as DATA. Raises TypeError, ValueError for what is no message."""
     try:
-        return (framing.frame(message) if compression is None else framing.compressed(message, compression))[0]
-    except TypeError as error:
-        kind = type(message).__name__
-        raise TypeError(
-            f"a message that is {kind}: expected a C-contiguous buffer or a list of them ({error})"
-        ) from error
+        buffers, _ = framing.frame(message) if compression is None else framing.compressed(message, compression)
+    except (TypeError, BufferError) as error:
+        raise _no_message(message, str(error)) from error
     except struct.error as error:
         raise ValueError("a message of 4 GiB or more, which gRPC cannot carry") from error
+    if type(message) is not bytes:
+        for buffer in buffers:
+            if type(buffer) is memoryview and not buffer.c_contiguous:  # no transport could write it
+                raise _no_message(message, "it has gaps")
+    return buffers
+
+
+def _no_message(message: object, why: str) -> TypeError:
+    kind = type(message).__name__
+    return TypeError(f"a message that is {kind}: expected a C-contiguous buffer or a list of them ({why})")

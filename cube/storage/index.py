@@ -15,9 +15,8 @@ from cube.rows import RAW, RowFormat, divide, flat, put_row
 
 KEYS_PER_BUCKET = 4.5
 LOAD = 0.97  # places are keys / LOAD: fuller partitions need far longer searches for a pilot
-PARTITION_BYTES = 32  # on disk: places_start u64, pilots_start u64, places u32, buckets u32, multiplier u64
 SEED = U(0x9E3779B97F4A7C15)
-_MULTIPLIERS = tuple(0xC4CEB9FE1A85EC53 * 3**n % (1 << 64) for n in range(16))  # odd: one for each try
+_MULTIPLIERS = tuple(0xC4CEB9FE1A85EC53 * 3**n % (1 << 64) for n in range(2))  # odd: one for each try
 _PILOT_SPREAD = U(0x9E3779B97F4A7C15)
 _DENSE_HASHES = U(2576980377)  # 0.6 * 2**32
 _LOW, _HIGH = U(0xFFFFFFFF), U(32)
@@ -341,7 +340,7 @@ def build(keys: NDArray[np.uint64], rows: NDArray[np.uint8], stride: int) -> Par
     buckets, places = max(min(keys.size, 16), int(keys.size / KEYS_PER_BUCKET)), int(keys.size / LOAD) + 1
     block = np.zeros(places * stride, np.uint8)
     while buckets < 1 << 31:  # ends: with more and more buckets they come to hold a key each
-        for multiplier in _MULTIPLIERS[:2]:
+        for multiplier in _MULTIPLIERS:
             pilots = np.zeros(buckets, np.uint16)
             facts = described(np.array([[0, 0, places, buckets, multiplier]], np.uint64))[0]
             if _find_pilots(keys, places, facts[3], facts[4], facts[5], facts[6], pilots):

@@ -194,7 +194,7 @@ class SegmentWriter(Writer):
 
 
 class Segment(Store):
-    """A mapped segment. Set once at construction, immutable afterwards, shared freely between threads."""
+    """A mapped segment, shared freely between threads: `load` and `verify` swap what they set in one assignment."""
 
     capabilities = Capabilities(scan=True, verify=True, shared=True, fused=True)
 

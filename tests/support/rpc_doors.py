@@ -59,14 +59,16 @@ async def ask(client, path, *requests, kind=Kind.UNARY, **options):
     """One whole call: send every request, wait for every reply."""
     if kind is Kind.UNARY and hasattr(client, "unary"):  # a way of its own for the usual case
         return await client.unary(path, *requests, **options)
-    for _ in range(50):
+    for attempt in range(50):
         with contextlib.suppress(ForgottenStatus):
-            return await _ask(client, path, requests, kind, options)
+            return await _ask(client, path, requests, kind, options, attempt * 0.01)
     raise AssertionError("grpcio never told how the call ended")
 
 
-async def _ask(client, path, requests, kind, options):
+async def _ask(client, path, requests, kind, options, patience_s):
     call = await client.start(path, kind, None if kind.takes_stream else requests[0], **options)
+    if patience_s:
+        await call.over(patience_s)  # it may be refused for its head alone
     sending = asyncio.ensure_future(_send(call, requests if kind.takes_stream else ()))
     try:
         messages = []
@@ -138,6 +140,10 @@ class _GrpcioAioCall:
             if asyncio.current_task().cancelling():
                 raise
             raise from_wire("CANCELLED", "by this client") from None
+
+    async def over(self, seconds):
+        """Wait until the call is over, at most so long."""
+        await asyncio.wait({asyncio.ensure_future(self._call.code())}, timeout=seconds)
 
     async def initial(self):
         return await self._call.initial_metadata()
