@@ -5,7 +5,7 @@ rounds, the least of each counting. The handler is the same everywhere: keys in,
 cube: this is about the wire). h2load is a client that is nobody's; wrk the one for HTTP/1.1. Answers are compared
 before anything is timed.
 
-    make bench WHAT=rpc              about eight minutes
+    make bench WHAT=rpc              about six minutes
     make bench WHAT='rpc --quick'    one round of a second each
 """
 
@@ -254,7 +254,7 @@ def main() -> None:
     elif told.ask:
         ask(told.ask, told.listen, told.path, told.size, told.seconds, told.certificate, told.extras)
     else:
-        measure(rounds=1 if told.quick else 5, seconds=1 if told.quick else 2)
+        measure(rounds=1 if told.quick else 3, seconds=1 if told.quick else 2)
 
 
 def measure(rounds: int, seconds: float) -> None:
