@@ -93,8 +93,8 @@ class ClientCall:
     """One call in flight. `on_event` tells of news: once, at its end, for a unary one."""
 
     __slots__ = (
-        "_compression", "_messages", "_owed", "_owner", "_stream", "_unary", "error", "initial", "messages", "on_event",
-        "over", "trailing",
+        "_compression", "_encoding", "_messages", "_most", "_owed", "_owner", "_stream", "_unary", "error", "initial",
+        "messages", "on_event", "over", "trailing",
     )  # fmt: skip
 
     def __init__(
@@ -114,7 +114,8 @@ class ClientCall:
         self.trailing: tuple[Field, ...] = ()
         self._owner, self._stream, self._unary = owner, stream, unary
         self._compression = compression
-        self._messages = framing.Messages(most)
+        self._most, self._encoding = most, "identity"
+        self._messages: framing.Messages | None = None  # takes replies apart that did not come whole
         self._owed = 0
 
     def is_over(self) -> bool:
@@ -303,7 +304,7 @@ class ClientCalls:
             call.initial = ()
             self._on_status(call, head)
             return
-        call._messages.encoding = note.encoding
+        call._encoding = note.encoding
         if call._unary and len(head.fields) <= 2:  # :status and content-type: no metadata
             call.initial = ()
             return
@@ -321,11 +322,24 @@ class ClientCalls:
         if call is None:
             self.http2.consumed(stream, len(data))
             return
-        had = len(call.messages)
+        had, size = len(call.messages), len(data) - 5
+        if (  # the usual case: the one reply, whole and not compressed
+            call._unary
+            and call._messages is None
+            and not had
+            and not ended
+            and 0 <= size <= call._most
+            and framing.PREFIX.unpack_from(data) == (0, size)
+        ):
+            call.messages.append(framing.piece(data, 5, size + 5))
+            return
+        if call._messages is None:
+            call._messages = framing.Messages(call._most, call._encoding)
         try:
-            call.messages.extend(call._messages.feed(data))
-            if call._unary and len(call.messages) > 1:
-                raise from_wire("INTERNAL", "several replies to a call that has one")
+            for message in call._messages.feed(data):
+                if call._unary and call.messages:
+                    raise from_wire("INTERNAL", "several replies to a call that has one")
+                call.messages.append(message)
         except ServingError as error:
             self.http2.consumed(stream, len(data))
             self._refuse(call, error)
@@ -351,7 +365,7 @@ class ClientCalls:
         call.trailing = note.trailing
         error = note.error()
         if error is None:
-            if not call._messages.is_between:
+            if call._messages is not None and not call._messages.is_between:
                 error = from_wire("INTERNAL", "the reply ends within a message")
             elif call._unary and len(call.messages) != 1:
                 error = from_wire("INTERNAL", f"{len(call.messages)} replies to a call that has one")
