@@ -129,7 +129,6 @@ class Kind(enum.Enum):
         return self in (Kind.SERVER_STREAM, Kind.BIDI)
 
 
-UnaryHandler = Callable[[Any, Call], Reply | Awaitable[Reply]]
 Handler = Callable[[Any, Call], Reply | Awaitable[Reply] | AsyncIterator[Reply]]
 
 

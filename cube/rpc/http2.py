@@ -244,9 +244,8 @@ class Connection:
         self._tail: Buffer = b""  # an incomplete frame, or preface
         self._preface = b"" if is_client else PREFACE  # what is still to come of it
         self._settled = False  # whether the peer's first SETTINGS have come
-        self._data: tuple[Stream | None, int, int, bool] | None = (
-            None  # of the DATA frame in hand: stream, bytes, padding, ends
-        )
+        # Of the DATA frame in hand: stream, bytes and padding still to come, whether it ends the stream.
+        self._data: tuple[Stream | None, int, int, bool] | None = None
         # Of the header block in hand: stream, whether it ends that, bytes so far, whether the stream depends on itself.
         self._block: tuple[int, bool, bytearray, bool] | None = None
         self._strict = True  # see _check_order
@@ -502,7 +501,7 @@ class Connection:
                     self._refuse(error)
                 at = after
                 continue
-            if kind == DATA and after <= end and flags <= END_STREAM:  # the same for data: whole, and without padding
+            if kind == DATA and after <= end and flags <= END_STREAM and not self._strict:  # the same for whole data
                 stream = streams.get(number)
                 if (
                     stream is not None

@@ -19,9 +19,9 @@ class Limits:
     window_bytes: int = 16 << 20  # flow-control credit given to a peer, per stream and per connection; 65,535 or more
     frame_bytes: int = 1 << 20  # largest frame accepted; larger ones save little and delay what shares the connection
     useless_frames: int = 1_000  # frames that carry no work, between two ticks of the listener's clock
-    handshake_s: float = 10.0  # from accepting a connection to its first request (TLS included)
+    handshake_s: float = 10.0  # from accepting a connection to the peer's greeting (TLS included)
     idle_s: float = 3600.0  # without a call in flight; 0: never closed. Clients keep channels open for hours
-    stall_s: float = 60.0  # in the middle of a request or a reply without a byte moving
+    stall_s: float = 60.0  # in the middle of a request or a reply with less than 1 KiB of it moving
 
     def __post_init__(self) -> None:
         if not 65_535 <= self.window_bytes < 1 << 31:  # a peer may use the protocol's default before it knows of ours

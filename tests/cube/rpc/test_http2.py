@@ -588,6 +588,13 @@ def test_more_than_the_connection_window_is_flow_control_error():
     assert not peer.all(DataReceived)
 
 
+def test_data_of_another_stream_inside_a_header_block_is_a_protocol_error():
+    peer = Peer()
+    peer.send(headers(1, POST_BLOCK))
+    peer.send(headers(3, POST_BLOCK[:2], done=False), data(1, b"x"))
+    assert peer.failure == Code.PROTOCOL_ERROR
+
+
 def test_a_window_smaller_than_the_one_a_client_may_use_unasked_is_refused():
     """RFC 9113 §6.9.3: what was sent before our SETTINGS were processed must be taken, although it exceeds them."""
     with pytest.raises(BadConfig, match="window_bytes"):
