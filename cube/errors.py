@@ -174,7 +174,9 @@ def to_wire(error: Exception) -> Status:
 
 def _sendable(text: str) -> str:
     """A status message, cut to what header fields can carry."""
-    text = text.encode("utf-8", "replace").decode()  # lone surrogates
+    if len(text) <= MAX_MESSAGE_BYTES // 12:  # the usual case: a character takes at most 12
+        return text.encode("utf-8", "replace").decode()  # lone surrogates
+    text = text.encode("utf-8", "replace").decode()
     used = kept = 0
     for character in text[: MAX_MESSAGE_BYTES + 1]:
         used += _sent_bytes(character)

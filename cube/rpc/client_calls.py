@@ -20,6 +20,7 @@ from cube.rpc.http2 import (
     ErrorCode,
     HeadersReceived,
     PingAcked,
+    ResponseReceived,
     SettingsReceived,
     State,
     Stream,
@@ -47,7 +48,7 @@ _BY_HTTP = {
 class _ReplyHead:
     """What a reply's first fields mean; kept on their Shape."""
 
-    __slots__ = ("encoding", "error")
+    __slots__ = ("encoding", "error", "is_good")
 
     def __init__(self, head: Head):
         fields = dict(head.fields)
@@ -64,12 +65,13 @@ class _ReplyHead:
                 self.encoding = framing.encoding_of(fields.get(b"grpc-encoding", b"identity"))
             except ServingError as error:
                 self.error = "INTERNAL", str(error)
+        self.is_good = self.error is None
 
 
 class _ReplyEnd:
     """What a reply's last fields mean; kept on their Shape where nothing in them changes from call to call."""
 
-    __slots__ = ("_bad", "_status", "trailing")
+    __slots__ = ("_bad", "_status", "is_good", "trailing")
 
     def __init__(self, head: Head):
         self._status, self._bad = framing.decode_status(head.fields), ""
@@ -78,6 +80,7 @@ class _ReplyEnd:
             self.trailing = framing.decode_metadata(head.fields)
         except ServingError as error:
             self._bad = str(error)
+        self.is_good = self._status is not None and self._status[0] == "OK" and not self._bad
 
     def error(self) -> ServingError | None:
         """A new error for every call; None if the status is OK."""
@@ -92,10 +95,13 @@ class _ReplyEnd:
 class ClientCall:
     """One call in flight. `on_event` tells of news: once, at its end, for a unary one."""
 
-    __slots__ = (
-        "_compression", "_encoding", "_messages", "_most", "_owed", "_owner", "_stream", "_unary", "error", "initial",
-        "messages", "on_event", "over", "trailing",
-    )  # fmt: skip
+    over = False
+    error: ServingError | None = None  # why it failed; None at the end of one that did not
+    initial: tuple[Field, ...] | None = None  # the server's metadata, once its head has come
+    trailing: tuple[Field, ...] = ()
+    _encoding = "identity"
+    _messages: framing.Messages | None = None  # takes replies apart that did not come whole
+    _owed = 0
 
     def __init__(
         self,
@@ -107,16 +113,9 @@ class ClientCall:
         compression: str | None,
     ):
         self.on_event = on_event
-        self.over = False
-        self.error: ServingError | None = None  # why it failed; None at the end of one that did not
         self.messages: deque[Buffer] = deque()  # received, not yet taken
-        self.initial: tuple[Field, ...] | None = None  # the server's metadata, once its head has come
-        self.trailing: tuple[Field, ...] = ()
         self._owner, self._stream, self._unary = owner, stream, unary
-        self._compression = compression
-        self._most, self._encoding = most, "identity"
-        self._messages: framing.Messages | None = None  # takes replies apart that did not come whole
-        self._owed = 0
+        self._most, self._compression = most, compression
 
     def is_over(self) -> bool:
         """`over`, for who wants a function."""
@@ -139,7 +138,7 @@ class ClientCall:
 
         Large buffers are not copied: they must not change until the call is over.
         """
-        self._owner.http2.send_data(self._stream, _framed(message, self._compression))
+        self._owner.http2.send_data(self._stream, _framed(message, self._compression)[0])
 
     def end(self) -> None:
         """All requests are sent."""
@@ -220,20 +219,23 @@ class ClientCalls:
             block = b"%b%b%c%b" % (block, _TIMEOUT, len(value), value)
         if metadata:
             block += encode(framing.encode_metadata(metadata))
-        _check_compression(compression)
-        buffers = None if request is None else _framed(request, compression)
-        stream = self.http2.open_stream(block, ended=False)
+        if compression is not None:
+            _check_compression(compression)
+        if request is None:
+            stream = self.http2.open_stream(block, ended=False)
+        else:
+            stream = self.http2.request(block, *_framed(request, compression))
         most = self._limits.message_bytes if max_reply_bytes is None else max_reply_bytes
         call = stream.call = ClientCall(self, stream, on_event, unary, most, compression)
         self.calls += 1
-        if buffers is not None:
-            self.http2.send_data(stream, buffers, ended=True)
         return call
 
     def receive(self, data: Buffer) -> None:
         """Process bytes of the server. Never raises."""
         for event in self.http2.receive(data):
-            if isinstance(event, DataReceived):
+            if type(event) is ResponseReceived:
+                self._on_response(event)
+            elif isinstance(event, DataReceived):
                 self._on_data(event)
             elif isinstance(event, HeadersReceived):
                 self._on_headers(event)
@@ -288,6 +290,33 @@ class ClientCalls:
         call._stream.call = None
         self.calls -= 1
         call.on_event(call)
+
+    def _on_response(self, event: ResponseReceived) -> None:
+        """A whole reply at once."""
+        stream, head, data, trailers = event
+        call: ClientCall | None = stream.call
+        if call is None:
+            return
+        note, end, size = head.shape.note, trailers.shape.note, len(data) - 5
+        if (  # the usual case: one message that is not compressed, an OK, no metadata
+            call._unary
+            and type(note) is _ReplyHead
+            and note.is_good
+            and len(head.fields) <= 2  # :status and content-type: no metadata
+            and type(end) is _ReplyEnd
+            and end.is_good
+            and not trailers.volatile
+            and not end.trailing
+            and 0 <= size <= call._most
+            and framing.PREFIX.unpack_from(data) == (0, size)
+        ):
+            call.initial = ()
+            call.messages.append(framing.piece(data, 5, size + 5))
+            self.finish(call, None)
+            return
+        self._on_headers(HeadersReceived(stream, head, False))
+        self._on_data(DataReceived(stream, data, False))
+        self._on_status(stream.call, trailers)
 
     def _on_headers(self, event: HeadersReceived) -> None:
         stream, head, ended = event
@@ -403,10 +432,10 @@ def _check_compression(compression: str | None) -> None:
         )
 
 
-def _framed(message: Reply, compression: str | None) -> list[Buffer]:
-    """A request as DATA. Raises TypeError, ValueError for what is no message."""
+def _framed(message: Reply, compression: str | None) -> tuple[list[Buffer], int]:
+    """A request as DATA, and its size. Raises TypeError, ValueError for what is no message."""
     try:
-        buffers, _ = framing.frame(message) if compression is None else framing.compressed(message, compression)
+        buffers, size = framing.frame(message) if compression is None else framing.compressed(message, compression)
     except (TypeError, BufferError) as error:
         raise _no_message(message, str(error)) from error
     except struct.error as error:
@@ -415,7 +444,7 @@ def _framed(message: Reply, compression: str | None) -> list[Buffer]:
         for buffer in buffers:
             if type(buffer) is memoryview and not buffer.c_contiguous:  # no transport could write it
                 raise _no_message(message, "it has gaps")
-    return buffers
+    return buffers, size
 
 
 def _no_message(message: object, why: str) -> TypeError:

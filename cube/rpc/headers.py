@@ -113,6 +113,7 @@ class Head(NamedTuple):
     volatile: tuple[Field, ...]  # those of VOLATILE
     content_length: int | None
     bad: str  # why it is malformed, whichever part of a message it is; empty if it is not
+    is_plain: bool  # a well-formed head of a request or a final response that does not announce its length
 
     @property
     def method(self) -> bytes | None:
@@ -245,7 +246,9 @@ class Decoder:
                     length = int(value)
         if volatile and fields.index(volatile[0]) < shape.pseudo_fields:
             bad = "a pseudo-field after a regular field"
-        return Head(fields, shape, volatile, length, bad)
+        status = shape.status
+        is_plain = not bad and not shape.bad_head and length is None and (status is None or status[:1] != b"1")
+        return Head(fields, shape, volatile, length, bad, is_plain)
 
 
 def _string(block: bytes, at: int) -> tuple[bytes, int]:

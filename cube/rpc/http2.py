@@ -162,6 +162,23 @@ class TrailersReceived(NamedTuple):
     head: Head  # the same, decoded
 
 
+class RequestReceived(NamedTuple):
+    """HeadersReceived and DataReceived in one: the whole of a request that came in one piece."""
+
+    stream: Stream
+    head: Head
+    data: Buffer
+
+
+class ResponseReceived(NamedTuple):
+    """HeadersReceived, DataReceived and TrailersReceived in one: the whole of a response that came in one piece."""
+
+    stream: Stream
+    head: Head
+    data: Buffer
+    trailers: Head
+
+
 class StreamReset(NamedTuple):
     """The stream is over before its end. `code` may be one that ErrorCode does not know."""
 
@@ -202,8 +219,8 @@ class ConnectionFailed(NamedTuple):
 
 
 Event = (
-    HeadersReceived | DataReceived | TrailersReceived | StreamReset | StreamWritable | GoAwayReceived | PingAcked
-    | SettingsReceived | ConnectionFailed
+    HeadersReceived | DataReceived | TrailersReceived | RequestReceived | ResponseReceived | StreamReset
+    | StreamWritable | GoAwayReceived | PingAcked | SettingsReceived | ConnectionFailed
 )  # fmt: skip
 
 
@@ -229,6 +246,7 @@ class Connection:
     def __init__(self, is_client: bool, limits: Limits):
         self.out: list[Buffer] = []  # bytes to write, in order
         self.closed = False  # nothing more is processed: write `out`, then close the transport
+        self.is_going_away = False  # no stream will be opened any more: an end said so, or the ids are used up
         self.streams: dict[int, Stream] = {}  # those that are not closed
         self.pending = 0  # bytes queued in streams
         self.moved = 0  # bytes of bodies that have come in, and that windows have let out
@@ -268,7 +286,6 @@ class Connection:
         self._waiting: dict[int, Stream] = {}  # streams with a queue, in turn
         self._block_prefix = b""  # a table size update that the next block must begin with
         self._last_accepted: int | None = None  # of the GOAWAY we sent
-        self._peer_last: int | None = None  # of the GOAWAY we received
 
         hello = [
             _SETTING.pack(INITIAL_WINDOW_SIZE, limits.window_bytes),
@@ -306,23 +323,7 @@ class Connection:
     @property
     def can_open(self) -> bool:
         """Whether `open_stream` would be allowed now."""
-        return (
-            not self.closed
-            and self._peer_last is None
-            and self._last_accepted is None
-            and len(self.streams) < self.peer_max_streams
-            and self._next_id <= MAX_STREAM_ID
-        )
-
-    @property
-    def is_going_away(self) -> bool:
-        """Whether no new stream will ever be allowed: an end said so, or the ids are used up."""
-        return (
-            self.closed
-            or self._peer_last is not None
-            or self._last_accepted is not None
-            or self._next_id > MAX_STREAM_ID
-        )
+        return not self.is_going_away and len(self.streams) < self.peer_max_streams
 
     def open_stream(self, block: bytes, ended: bool) -> Stream:
         """Start a request of a client with the encoded `block`. Raises Refused."""
@@ -330,10 +331,28 @@ class Connection:
             raise Refused
         number = self._next_id
         self._next_id = number + 2
+        if number + 2 > MAX_STREAM_ID:
+            self.is_going_away = True
         stream = Stream(number, _L if ended else _O, self._initial_window, self._limits.window_bytes)
         stream.announced = True
         self.streams[number] = stream
         self._send_block(number, block, END_STREAM if ended else 0)
+        return stream
+
+    def request(self, block: bytes, body: Sequence[Buffer], size: int) -> Stream:
+        """A whole request: head and body (`size` bytes in all). Raises Refused."""
+        stream = self.open_stream(block, ended=False)
+        if size <= self._max_frame and size <= self._window and size <= stream.window and size and not self._corked:
+            self._window -= size  # the short way for one that may go at once: the same as send_data
+            stream.window -= size
+            stream.state = _L
+            out = self.out
+            out.append(_FRAME.pack(size >> 16, size & 0xFFFF, DATA, END_STREAM, stream.id))
+            out.extend(body)
+            if self._patience < self._most_patience:
+                self._patience += 2
+        else:
+            self.send_data(stream, body, ended=True)
         return stream
 
     def send_headers(self, stream: Stream, block: bytes, ended: bool = False) -> None:
@@ -447,6 +466,7 @@ class Connection:
         """
         if self.closed:
             return
+        self.is_going_away = True
         last = self._last_peer_id if last_stream_id is None else last_stream_id
         self._last_accepted = last if self._last_accepted is None else min(last, self._last_accepted)
         self._send(GOAWAY, 0, 0, _U32.pack(self._last_accepted) + _U32.pack(code) + text[:1_000])
@@ -466,7 +486,7 @@ class Connection:
 
     def abandon(self) -> None:
         """The transport is gone: nothing can be said or heard any more."""
-        self.closed = True
+        self.closed = self.is_going_away = True
         for stream in list(self.streams.values()):
             self._close(stream)
         self.out = []
@@ -481,6 +501,7 @@ class Connection:
         if self._preface:
             at = self._greet(data)
         streams, unpack, most = self.streams, _FRAME.unpack_from, self._limits.frame_bytes
+        whole = self._whole_response if self._is_client else self._whole_request
         while True:
             if self._data is not None:
                 at = self._body(data, at, end)
@@ -495,6 +516,9 @@ class Connection:
             if size > most:
                 raise _ConnectionError(ErrorCode.FRAME_SIZE_ERROR, f"a frame of {size} bytes")
             if kind == HEADERS and after <= end and flags | END_STREAM == _PLAIN_HEADERS and not self._strict:
+                if after + 9 < end and flags == END_HEADERS and (stop := whole(data, body, after, end, number)):
+                    at = stop
+                    continue
                 try:  # the short way of nearly all of them
                     self._on_block(number & MAX_STREAM_ID, flags != END_HEADERS, bytes(data[body:after]))
                 except _StreamError as error:
@@ -509,13 +533,8 @@ class Connection:
                     and 0 < size <= stream.room
                     and size <= self._room - self._credit
                 ):
-                    self._credit += size
-                    if self._credit >= self._half_window:
-                        self._give_back(0)
+                    self._arrived(size)
                     stream.room -= size
-                    self.moved += size
-                    if size >= self._worth and self._patience < self._most_patience:
-                        self._patience += 1
                     if flags:
                         self._end(stream)
                     self._events.append(DataReceived(stream, data[body:after], flags != 0))
@@ -541,6 +560,85 @@ class Connection:
             at = after
         if at < end:
             self._tail = bytes(data[at:])
+
+    def _whole_request(self, data: Buffer, start: int, stop: int, end: int, number: int) -> int:
+        """The shortest way, of a request whose head has been seen before and whose body is one frame that is here.
+
+        data[start:stop] is the block of the head. Returns where the request ends, or 0, having done nothing, for one
+        that must go frame by frame. A new stream's window is as large as the connection's, which is looked at.
+        """
+        head = self._known_blocks.get(bytes(data[start:stop]))
+        high, low, kind, flags, same = _FRAME.unpack_from(data, stop)
+        size, limits = high << 16 | low, self._limits
+        after: int = stop + 9 + size
+        if (
+            head is None
+            or kind != DATA
+            or flags != END_STREAM
+            or same != number
+            or number != self._last_peer_id + 2
+            or after > end
+            or not head.is_plain
+            or not 0 < size <= self._room - self._credit
+            or size > limits.frame_bytes
+            or len(self.streams) >= limits.streams
+            or self._last_accepted is not None
+            or not self._last_peer_id
+        ):
+            return 0
+        self._last_peer_id = number
+        stream = self.streams[number] = Stream(number, _R, self._initial_window, 0)
+        stream.got_head = stream.announced = True
+        self._arrived(size)
+        self._events.append(RequestReceived(stream, head, data[stop + 9 : after]))
+        return after
+
+    def _whole_response(self, data: Buffer, start: int, stop: int, end: int, number: int) -> int:
+        """The same of a response: its head and trailers have been seen before, its body is one frame between them."""
+        high, low, kind, flags, same = _FRAME.unpack_from(data, stop)
+        size = high << 16 | low
+        after = stop + 9 + size
+        if kind != DATA or flags or same != number or after + 9 > end:
+            return 0
+        high, low, kind, flags, same = _FRAME.unpack_from(data, after)
+        begin = after + 9
+        close: int = begin + (high << 16 | low)
+        head = self._known_blocks.get(bytes(data[start:stop]))
+        trailers = self._known_blocks.get(bytes(data[begin:close]))
+        stream = self.streams.get(number)
+        if (
+            head is None
+            or trailers is None
+            or stream is None
+            or kind != HEADERS
+            or flags != _PLAIN_HEADERS
+            or same != number
+            or close > end
+            or not head.is_plain
+            or trailers.bad
+            or trailers.shape.bad_trailers
+            or stream.state is not _L
+            or stream.got_head
+            or not 0 < size <= self._room - self._credit
+            or size > self._limits.frame_bytes
+        ):
+            return 0
+        stream.state = _C
+        del self.streams[number]
+        self._arrived(size)
+        if self._patience < self._most_patience:
+            self._patience += 1
+        self._events.append(ResponseReceived(stream, head, data[stop + 9 : after], trailers))
+        return close
+
+    def _arrived(self, size: int) -> None:
+        """A whole DATA frame has come, within the windows."""
+        self._credit += size
+        if self._credit >= self._half_window:
+            self._give_back(0)
+        self.moved += size
+        if size >= self._worth and self._patience < self._most_patience:
+            self._patience += 1
 
     def _check_order(self, kind: int, flags: int, number: int) -> None:
         """Where only one kind of frame may come: SETTINGS at first, CONTINUATION within a header block."""
@@ -868,7 +966,7 @@ class Connection:
             raise _ConnectionError(ErrorCode.FRAME_SIZE_ERROR, f"GOAWAY of {len(payload)} bytes")
         self._waste(1, "GOAWAYs")
         last, code = _U32.unpack_from(payload)[0] & MAX_STREAM_ID, _U32.unpack_from(payload, 4)[0]
-        self._peer_last = last if self._peer_last is None else min(last, self._peer_last)
+        self.is_going_away = True
         if self._is_client:
             for stream in [stream for number, stream in self.streams.items() if number > last]:
                 self._close(stream)

@@ -28,6 +28,7 @@ from cube.rpc.http2 import (
     ErrorCode,
     HeadersReceived,
     PingAcked,
+    RequestReceived,
     SettingsReceived,
     State,
     Stream,
@@ -72,7 +73,7 @@ class _Route:
 class _Note:
     """What a request's stable fields mean; kept on their Shape, so that it is worked out once."""
 
-    __slots__ = ("accepts", "encoding", "error", "is_grpc", "route")
+    __slots__ = ("accepts", "encoding", "error", "is_grpc", "is_unary", "route")
 
     def __init__(self, head: Head, routes: Routes):
         fields = dict(head.fields)
@@ -81,6 +82,7 @@ class _Note:
         self.route = routes.methods.get(head.path or b"")
         self.error: ServingError | None = None
         self.encoding, self.accepts = "identity", frozenset[str]()
+        self.is_unary = False  # and nothing is wrong with it
         if not self.is_grpc:
             return
         accepted = fields.get(b"grpc-accept-encoding", b"").decode("latin-1").split(",")
@@ -94,6 +96,7 @@ class _Note:
         else:
             try:
                 self.encoding = framing.encoding_of(fields.get(b"grpc-encoding", b"identity"))
+                self.is_unary = self.route.is_unary
             except Unimplemented as error:
                 self.error = error
 
@@ -330,6 +333,9 @@ class GrpcCall(Call):
                 buffers, size = framing.frame(reply)
                 http2.respond(stream, _REPLY, buffers, size)
                 self._owner.made += size
+                if stream.state is State.CLOSED and self._timer is None and self._owner.inside and not self.held:
+                    stream.call = None  # the usual case: nothing is left to settle
+                    return
             else:
                 self._send(reply)
                 self._end("OK", "", b"")
@@ -488,7 +494,7 @@ class ServerCalls:
         self._tasks: set[asyncio.Task[None]] = set()
         self._held = 0  # bytes of requests that are being received or worked on
         self._queued = 0  # bytes of replies that wait for the peer's windows, as counted in the budget
-        self._inside = False  # in receive(): what is written meanwhile needs no wake
+        self.inside = False  # in receive(): what is written meanwhile needs no wake
         self._mark = 0  # http2.moved when there was progress last
         self._idle_since = 0.0
         self._greeted = False
@@ -507,10 +513,12 @@ class ServerCalls:
 
     def receive(self, data: Buffer) -> None:
         """Process bytes of the peer. Never raises."""
-        self._inside = True
+        self.inside = True
         for event in self.http2.receive(data):
             try:
-                if type(event) is DataReceived:
+                if type(event) is RequestReceived:
+                    self._on_request(*event)
+                elif type(event) is DataReceived:
                     stream, body, ended = event
                     if stream.call is not None:
                         stream.call.on_data(body, ended)
@@ -523,7 +531,7 @@ class ServerCalls:
             except Exception:  # a fault of ours is that call's end, not its neighbours'
                 log.exception("%s: a call failed", self.peer)
                 self._drop(getattr(event, "stream", None))
-        self._inside = False
+        self.inside = False
         self._account()
 
     def take(self) -> list[Buffer]:
@@ -589,6 +597,20 @@ class ServerCalls:
         self._account()
 
     # ---- events ----
+
+    def _on_request(self, stream: Stream, head: Head, body: Buffer) -> None:
+        """A whole request at once."""
+        note = head.shape.note
+        if note is None or not note.is_unary or self.is_over_limits:
+            self._on_headers(stream, head, False)
+            call = stream.call
+        else:
+            call = stream.call = GrpcCall(self, note, note.route, stream, head)
+            if head.volatile:
+                call.on_head()
+                call = stream.call
+        if call is not None:
+            call.on_data(body, True)
 
     def _on_headers(self, stream: Stream, head: Head, ended: bool) -> None:
         note = head.shape.note
@@ -662,7 +684,7 @@ class ServerCalls:
 
     def flush(self) -> None:
         """Have the listener write what was made outside of receive()."""
-        if not self._inside:
+        if not self.inside:
             self._account()
             self._wake()
 

@@ -21,6 +21,8 @@ from cube.rpc.http2 import (
     ConnectionFailed,
     DataReceived,
     HeadersReceived,
+    RequestReceived,
+    ResponseReceived,
     Stream,
     StreamReset,
     TrailersReceived,
@@ -201,6 +203,22 @@ def table_size(size: int) -> bytes:
 App = Callable[[Connection, Any], None]
 
 
+def apart(events: Iterable[Any]) -> list[Any]:
+    """The events, whole requests and responses as the frames they came in."""
+    found: list[Any] = []
+    for event in events:
+        if isinstance(event, RequestReceived):
+            stream, head, body = event
+            found += HeadersReceived(stream, head, False), DataReceived(stream, body, True)
+        elif isinstance(event, ResponseReceived):
+            stream, head, body, trailers = event
+            found += HeadersReceived(stream, head, False), DataReceived(stream, body, False)
+            found.append(TrailersReceived(stream, trailers.fields, trailers))
+        else:
+            found.append(event)
+    return found
+
+
 class Peer:
     """The far end of a Connection under test: sends frames, reads what comes back, remembers events and frames.
 
@@ -229,7 +247,7 @@ class Peer:
         """Each piece is received on its own, then the application sees the events; returns them all."""
         news = []
         for piece in pieces:
-            events = self.connection.receive(piece)
+            events = apart(self.connection.receive(piece))
             for event in events:
                 if self.app:
                     self.app(self.connection, event)
@@ -364,7 +382,7 @@ def consume(connection: Connection, event: Any) -> None:
 def told(events: Iterable[Any]) -> list[tuple[Any, ...]]:
     """Events as plain values. DATA frames may arrive in any portions: those of a stream in a row are one."""
     out: list[tuple[Any, ...]] = []
-    for event in events:
+    for event in apart(events):
         if isinstance(event, HeadersReceived):
             out.append(("head", event.stream.id, event.head.fields, event.ended))
         elif isinstance(event, DataReceived):

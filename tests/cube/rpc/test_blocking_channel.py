@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from certificates import Authority
+from frames import apart
 
 from cube.errors import DeadlineExceeded, ServingError, Unavailable
 from cube.rpc import blocking_channel, framing
@@ -156,7 +157,7 @@ class ByHand:
 
     def await_calls(self, count):
         while len(self.streams) < count:
-            for event in self.http2.receive(self.socket.recv(65536)):
+            for event in apart(self.http2.receive(self.socket.recv(65536))):
                 if isinstance(event, HeadersReceived):
                     self.streams.append(event.stream)
             self.flush()

@@ -256,7 +256,7 @@ def test_goaway_moves_new_calls_to_a_new_connection(run):
             peers.append(server)
             seen = []
             while data := await reader.read(65_536):
-                for event in server.receive(data):
+                for event in frames.apart(server.receive(data)):
                     if isinstance(event, HeadersReceived):
                         seen.append(event.stream)
                         if not first:
@@ -290,7 +290,7 @@ def test_a_refused_call_is_sent_once_more(run, refusals):
             nonlocal asked
             server = Connection(is_client=False, limits=Limits())
             while data := await reader.read(65_536):
-                for event in server.receive(data):
+                for event in frames.apart(server.receive(data)):
                     if isinstance(event, HeadersReceived):
                         asked += 1
                         if asked <= refusals:
@@ -400,7 +400,7 @@ def test_a_raised_limit_wakes_who_waits(run):
 
             task = asyncio.create_task(later())
             while data := await reader.read(65_536):
-                for event in server.receive(data):
+                for event in frames.apart(server.receive(data)):
                     if isinstance(event, HeadersReceived):
                         answer(server, event.stream, b"yes")
                 writer.write(b"".join(map(bytes, server.take())))

@@ -22,6 +22,7 @@ from frames import (
     Set,
     Windows,
     answer,
+    apart,
     block,
     consume,
     continuation,
@@ -83,6 +84,8 @@ from cube.rpc.http2 import (
     Template,
     TrailersReceived,
 )
+from cube.rpc.http2 import RequestReceived as WholeRequest
+from cube.rpc.http2 import ResponseReceived as WholeResponse
 from cube.rpc.limits import Limits
 
 GET_BLOCK, POST_BLOCK, OK_BLOCK, MORE = block(GET), block(POST), block(OK), block([("x-dummy", "one")])
@@ -926,7 +929,7 @@ def conversation(seed):
         for sender, receiver in (ends, ends[::-1]):
             raw = b"".join(map(bytes, sender.take()))
             bytes_of[sender] += raw
-            news = receiver.receive(raw)
+            news = apart(receiver.receive(raw))
             events[receiver] += news
             for event in news:
                 if chance.random() < 0.9:
@@ -993,6 +996,67 @@ def test_any_split_of_the_bytes_tells_the_same(is_client, seed):
         assert heard_by(is_client, raw, opens, cuts) == whole
 
 
+STEP = st.tuples(
+    st.sampled_from([2, 2, 2, 2, 2, 0, 4, 1]),  # how far the stream's number is from the one before
+    st.sampled_from(["seen", "seen", "seen", "long", "bad", "early", "new"]),
+    st.sampled_from([9, 9, 9, 1, 0, 300, 17_000, 40_000, 70_000, 150_000]),  # bytes of the body
+    st.sampled_from(
+        [*["whole"] * 6, "open", "padded", "elsewhere", "bare", "twice", "reset", "again", "bad end", "no end"]
+    ),
+)
+
+
+def sent(fields):
+    """A block as our own end makes it."""
+    return encode([(name.encode(), value.encode()) for name, value in fields])
+
+
+@how(max_examples=400)
+@given(st.lists(STEP, max_size=8), st.booleans(), st.sampled_from([65_535, 200_000]), st.booleans())
+def test_what_comes_in_one_piece_means_what_its_frames_mean(steps, is_client, window, drains):
+    """The short ways of whole requests and responses against frame by frame."""
+    heads = {"seen": [], "long": [("content-length", "9")], "bad": [("bad name", "")], "new": [("x-a", "b")]}
+    first = [(":status", "103")] if is_client else GET
+    blocks = {kind: sent([*(OK if is_client else POST), *extra]) for kind, extra in heads.items()}
+    blocks["early"] = sent(first)
+    pieces, number = [b"" if is_client else PREFACE, settings(), SETTINGS_ACK], -1
+    for far, kind, size, form in [(2, "seen", 9, "whole"), *steps]:
+        number += far
+        ended = not is_client and form != "open"
+        body = data(number + 2 * (form == "elsewhere"), b"x" * size, ended, pad=3 if form == "padded" else None)
+        frames = [headers(number, blocks[kind]), *([body] * (2 if form == "twice" else form != "bare"))]
+        if is_client and form != "open":
+            frames.append(headers(number, blocks["bad"] if form == "bad end" else TRAILERS_SENT, form != "no end"))
+        if form == "again":
+            frames.insert(0, frames[0])
+        if form == "reset":
+            frames.insert(1, rst_stream(number))
+        pieces.append(b"".join(frames))
+    limits = Limits(window_bytes=window, streams=3)
+
+    short = []
+
+    def heard(cuts):
+        end = Connection(is_client=is_client, limits=limits)
+        if is_client:
+            for turn in range(5):
+                end.open_stream(POST_BLOCK, turn != 2)
+        elif drains:
+            end.goaway(last_stream_id=5)
+        events = [event for piece in cuts for event in end.receive(piece)]
+        short.extend(event for event in events if isinstance(event, (WholeRequest, WholeResponse)))
+        out = b"".join(map(bytes, end.take()))
+        return told(events), out, sorted(end.streams), end.moved, end._room, end._credit, end._patience
+
+    whole = heard(pieces)
+    if steps and steps[0] == (2, "seen", 9, "whole") and not drains:
+        assert short
+    assert heard([b"".join(pieces)]) == whole
+    raw = b"".join(pieces)
+    step = 1 if len(raw) < 2_000 else 101
+    assert heard([raw[at : at + step] for at in range(0, len(raw), step)])[:4] == whole[:4]
+
+
 @given(st.lists(st.integers(0, 400), max_size=12).map(sorted))
 def test_padded_continued_and_interleaved_frames_may_be_cut_anywhere(cuts):
     raw = b"".join(
@@ -1022,7 +1086,7 @@ class Ours:
         return b"".join(map(bytes, self.connection.take()))
 
     def receive(self, raw):
-        for event in self.connection.receive(raw):
+        for event in apart(self.connection.receive(raw)):
             assert not isinstance(event, ConnectionFailed), event
             if isinstance(event, HeadersReceived):
                 self.streams[event.stream.id] = event.stream
