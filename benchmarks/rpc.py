@@ -3,7 +3,9 @@
 Every contender is a process of its own, server and client; the CPU time of both is read from /proc, in interleaved
 rounds, the least of each counting. The handler is the same everywhere: keys in, rows of 64 bytes out of an array (no
 cube: this is about the wire). h2load is a client that is nobody's; wrk the one for HTTP/1.1. Answers are compared
-before anything is timed.
+before anything is timed. "Bare sockets" move as many bytes and do nothing with them: what is left for us to save is
+the distance to them. One call at a time sends both processes to sleep and wakes them for each call, which on a virtual
+machine costs more than the call.
 
     make bench WHAT=rpc              about six minutes
     make bench WHAT='rpc --quick'    one round of a second each
@@ -16,11 +18,13 @@ import json
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +53,10 @@ def keys_of(count: int) -> bytes:
 
 async def serve(kind: str, listen: str, certificate: str) -> None:
     handlers = {LOOKUP: lookup, ECHO: lambda message, call: message}
+    if kind == "bare":
+        port = await asyncio.get_running_loop().create_server(_Bare, "127.0.0.1", 0)
+        print("127.0.0.1", port.sockets[0].getsockname()[1], sep=":", flush=True)
+        await asyncio.Event().wait()
     if kind == "grpcio":
         from cube.rpc.grpcio_door import GrpcioDoor
 
@@ -66,6 +74,16 @@ async def serve(kind: str, listen: str, certificate: str) -> None:
         door = Listener(handlers, router, tls=tls)
     print(await door.start(listen), flush=True)
     await asyncio.Event().wait()
+
+
+class _Bare(asyncio.Protocol):
+    """As many bytes as rows for the keys would be."""
+
+    def connection_made(self, transport):
+        self.transport = transport
+
+    def data_received(self, data):
+        self.transport.write(bytes(len(data) // 8 * ROW_BYTES))
 
 
 @contextlib.contextmanager
@@ -110,14 +128,51 @@ async def ask_async(channel_call, seconds: float) -> tuple[int, float]:
     return calls, time.process_time() - begin
 
 
-def ask_blocking(call, seconds: float) -> tuple[int, float]:
-    """One thread, one call at a time: what a blocking caller does. More of them are more processes."""
-    calls, end = 0, time.perf_counter() + seconds
+def ask_blocking(call, seconds: float, threads: int = 1) -> tuple[int, float]:
+    """Threads that make one call at a time each."""
+    end = time.perf_counter() + seconds
     begin = time.process_time()
-    while time.perf_counter() < end:
-        call()
-        calls += 1
+
+    def caller(_: int) -> int:
+        calls = 0
+        while time.perf_counter() < end:
+            call()
+            calls += 1
+        return calls
+
+    with ThreadPoolExecutor(threads) as pool:
+        calls = sum(pool.map(caller, range(threads)))
     return calls, time.process_time() - begin
+
+
+async def ask_bare(address: str, message: bytes, seconds: float) -> tuple[int, float]:
+    """IN_FLIGHT messages at a time on one connection, without protocol."""
+    host, port = address.split(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    begin, end, calls, part, size = time.process_time(), time.perf_counter() + seconds, 0, 0, len(message) // 8
+    writer.write(message * IN_FLIGHT)
+    while time.perf_counter() < end:
+        part += len(await reader.read(1 << 18))
+        whole, part = divmod(part, size * ROW_BYTES)
+        writer.write(message * whole)
+        calls += whole
+    return calls, time.process_time() - begin
+
+
+def ask_bare_blocking(address: str, message: bytes, seconds: float) -> tuple[int, float]:
+    """One message at a time."""
+    host, port = address.split(":")
+    with socket.create_connection((host, int(port))) as bare:
+        bare.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        reply = bytearray(len(message) // 8 * ROW_BYTES)
+
+        def call() -> None:
+            bare.sendall(message)
+            left = memoryview(reply)
+            while len(left):
+                left = left[bare.recv_into(left) :]
+
+        return ask_blocking(call, seconds)
 
 
 def ask(kind: str, address: str, path: str, size: int, seconds: float, certificate: str, extras: bool) -> None:
@@ -142,12 +197,19 @@ def ask(kind: str, address: str, path: str, size: int, seconds: float, certifica
             assert await method(message) == expected
             return await ask_async(lambda: method(message, timeout=timeout, metadata=metadata or None), seconds)
 
-    if kind == "own blocking":
+    if kind == "bare sockets":
+        import uvloop
+
+        calls, cpu = uvloop.run(ask_bare(address, message, seconds))
+    elif kind == "bare sockets blocking":
+        calls, cpu = ask_bare_blocking(address, message, seconds)
+    elif kind.startswith("own blocking"):
         from cube.rpc.blocking_channel import BlockingChannel
 
         with BlockingChannel(address) as channel:
             assert bytes(channel.call(path, message, 10)) == expected
-            calls, cpu = ask_blocking(lambda: channel.call(path, message, timeout, metadata=metadata), seconds)
+            threads = IN_FLIGHT if kind.endswith("threads") else 1
+            calls, cpu = ask_blocking(lambda: channel.call(path, message, timeout, metadata=metadata), seconds, threads)
     elif kind == "grpcio blocking":
         import grpc
 
@@ -264,11 +326,13 @@ def measure(rounds: int, seconds: float) -> None:
         lean, twin = stack.enter_context(server("lean")), stack.enter_context(server("grpcio"))
         unix = stack.enter_context(server("lean", f"unix:{folder}/socket"))
         tls = stack.enter_context(server("tls", certificate=certificate))
+        bare = stack.enter_context(server("bare"))
         contenders = []
         for size in (26, 4096):
             contenders += [
                 Contender("own", "own", lean, LOOKUP, size),
                 Contender("own blocking", "own", lean, LOOKUP, size),
+                Contender(f"own blocking, {IN_FLIGHT} threads", "own", lean, LOOKUP, size),
                 Contender("own + deadline, metadata", "own", lean, LOOKUP, size),
                 Contender("own", "own, unix socket", unix, LOOKUP, size),
                 Contender("own", "own, TLS", tls, LOOKUP, size, authority),
@@ -279,6 +343,11 @@ def measure(rounds: int, seconds: float) -> None:
                 Contender("grpcio blocking", "grpcio", twin, LOOKUP, size),
                 Contender("grpcio + deadline, metadata", "grpcio", twin, LOOKUP, size),
             ]
+            if size == 26:
+                contenders += [
+                    Contender("bare sockets", "bare sockets", bare, LOOKUP, size),
+                    Contender("bare sockets blocking", "bare sockets", bare, LOOKUP, size),
+                ]
             if shutil.which("h2load"):
                 contenders += [
                     Contender("h2load", "own", lean, LOOKUP, size), Contender("h2load", "grpcio", twin, LOOKUP, size)

@@ -801,20 +801,12 @@ class Http1:
         keep = self._keep = head.keep_alive and self._state <= WAIT and not self._draining
         body, status = response.body, response.status
         try:
-            if (
-                type(body) is bytes
-                and keep
-                and head.as_usual
-                and not response.headers
-                and len(body) <= JOINED
-                and status not in _BODILESS
-            ):
-                start = _start_of(status, response.content_type)
-                self._put(b"%bcontent-length: %d\r\n\r\n%b" % (start, len(body), body))
-                return
-            plain = buffers(body)  # type: ignore[arg-type]    # see _respond
+            plain = [body] if type(body) is bytes else buffers(body)  # type: ignore[arg-type]    # see _respond
             length = sum(map(len, plain))
-            start = self._head_of(head, response, b"content-length: %d\r\n" % length)
+            if keep and head.as_usual and not response.headers and status not in _BODILESS:
+                start = b"%bcontent-length: %d\r\n\r\n" % (_start_of(status, response.content_type), length)
+            else:
+                start = self._head_of(head, response, b"content-length: %d\r\n" % length)
         except Exception as error:
             log.error("%s %s: its response cannot be sent", head.method, head.path, exc_info=error)
             self._send(head, internal())
