@@ -310,9 +310,9 @@ def main() -> None:
     parser.add_argument("--extras", action="store_true", help=argparse.SUPPRESS)
     told = parser.parse_args()
     if told.serve:
-        import uvloop
+        from cube.rpc.process import run
 
-        uvloop.run(serve(told.serve, told.listen, told.certificate))
+        run(lambda process: serve(told.serve, told.listen, told.certificate))  # as the programs are run
     elif told.ask:
         ask(told.ask, told.listen, told.path, told.size, told.seconds, told.certificate, told.extras)
     else:
