@@ -572,7 +572,7 @@ def test_a_handler_sees_path_peer_and_deadline(wire):
     assert "user-agent" in with_deadline.metadata
     host, _, port = with_deadline.peer.rpartition(":")
     assert (host, port.isdigit()) == ("127.0.0.1", True)
-    assert 20 < left <= 30
+    assert 20 < left <= 31  # grpcio rounds what it sends up
     assert with_deadline.remaining_s(5) == 5
     assert (without.deadline, none) == (None, None)
     assert not without.cancelled
