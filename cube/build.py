@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 
 from cube.errors import BadConfig, BadData
 from cube.kernels import U, kernel, mix, prefetch
-from cube.keys import shards_of
+from cube.keys import ShardRule, shards_of
 from cube.publish import exists_already, publish
 from cube.rows import RowFormat, flat, not_finite, scatter
 from cube.sources import Batch, Cursor, Source
@@ -59,6 +59,7 @@ class Options(NamedTuple):
     memory: int = DEFAULT_MEMORY  # bytes, about
     workers: int = os.cpu_count() or 1
     restart: bool = False  # throw away what a killed build has left
+    shard_rule: ShardRule = ShardRule.MIX
 
 
 class Built(NamedTuple):
@@ -83,6 +84,7 @@ class _Plan(msgspec.Struct, frozen=True):
     table: str
     version: str
     shards: int
+    shard_rule: str
     partitions: int  # of each shard
     dim: int
     row_format: str
@@ -184,7 +186,8 @@ def _planned(source: Source, table: str, version: Version, options: Options) -> 
     partitions = max(1, -(-source.most_rows // (options.shards * keys)))
     boot = Path("/proc/sys/kernel/random/boot_id")
     return _Plan(
-        table, str(version), options.shards, partitions, source.dim, options.row_format.text, options.engine,
+        table, str(version), options.shards, options.shard_rule.text, partitions, source.dim,
+        options.row_format.text, options.engine,
         hashlib.sha256(options.url.encode()).hexdigest(), options.default_row, options.reject_not_finite,
         source.read_as,
         [(file.url, file.size, file.version) for file in source.files],
@@ -329,7 +332,8 @@ def _spill(batches: list[Batch], path: Path, plan: _Plan, options: Options) -> _
     """Write one run: rows grouped by bin, in each bin in their order, of repeated keys the last."""
     keys = np.concatenate([batch.keys for batch in batches])
     then = batches[-1].cursor
-    bins = shards_of(keys, plan.shards).astype(np.int64) * plan.partitions + partitions_of(keys, plan.partitions)
+    shards = shards_of(keys, plan.shards, options.shard_rule)
+    bins = shards.astype(np.int64) * plan.partitions + partitions_of(keys, plan.partitions)
     keep = _last_of_each(keys)
     starts = np.zeros(plan.shards * plan.partitions + 1, np.int64)
     np.cumsum(np.bincount(bins[keep], minlength=starts.size - 1), out=starts[1:])
@@ -409,7 +413,7 @@ def _build_shard(
         shutil.rmtree(draft) if draft.is_dir() else draft.unlink()
     about = About(
         plan.table, Version.parse(plan.version), shard, plan.shards, plan.dim, options.row_format,
-        _encoded_default(options),
+        _encoded_default(options), options.shard_rule,
     )  # fmt: skip
     keys = duplicates = odd = 0
     with contextlib.closing(engine.write(draft, about, plan.partitions, options.url)) as writer:

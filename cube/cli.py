@@ -1,9 +1,7 @@
 """cube-server, cube-build, cube-ctl: parsing and printing only."""
 
 import argparse
-import asyncio
 import contextlib
-import json
 import logging
 import os
 import sys
@@ -11,19 +9,18 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from tqdm import tqdm
 
 from cube import build as builder
 from cube import server as cube_server
-from cube.client import RemoteCube
-from cube.config import read, settle
-from cube.errors import BadConfig, DataCorrupt, ServingError
+from cube.config import settle
+from cube.errors import BadConfig, ServingError
+from cube.keys import ShardRule
 from cube.pb.cube_config_pb2 import CubeConfig
 from cube.rows import RowFormat
 from cube.rpc.process import DOORS
 from cube.sources import open_source
-from cube.storage.engines import ENGINES, open_store
+from cube.storage.engines import ENGINES
 from cube.version import Version
 
 DEFAULT_CONF = Path("conf/cube.prototxt")
@@ -75,6 +72,11 @@ def server(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--data", metavar="DIR", help="where cube-build put the segments (default: cube-data)")
     parser.add_argument("--shards", type=int, metavar="N", help="number of shards, where no configuration lists them")
     parser.add_argument(
+        "--shard-rule",
+        choices=[rule.text for rule in ShardRule],
+        help="which keys are which shard's, as the files were built: mix (default) or modulo",
+    )
+    parser.add_argument(
         "--listen", metavar="HOST:PORT", help="address to listen on; port 0 takes a free one (default: the shard's)"
     )
     parser.add_argument(
@@ -100,6 +102,22 @@ def server(argv: Sequence[str] | None = None) -> int:
         choices=DOORS,
         help="what carries gRPC: lean, one port for gRPC and HTTP (default), or grpcio, its twin: gRPC only, dearer",
     )
+    parser.add_argument(
+        "--workers", type=positive, metavar="N", help="processes on the one port, over the same files (default: 1)"
+    )
+    parser.add_argument(
+        "--token-file", metavar="FILE", help="bearer tokens, one a line: callers must show one (default: none needed)"
+    )
+    parser.add_argument("--tls-cert", metavar="FILE", help="PEM file of the certificate chain (default: no TLS)")
+    parser.add_argument("--tls-key", metavar="FILE", help="PEM file of its key")
+    parser.add_argument(
+        "--tls-client-ca", metavar="FILE", help="PEM file of the authorities that clients' certificates must come from"
+    )
+    parser.add_argument(
+        "--legacy-table",
+        metavar="NAME",
+        help="what /DictService and /ControlService are about (default: the only table, if there is one)",
+    )
     parser.add_argument("--check", action="store_true", help="check settings and files, serve nothing")
     args = parser.parse_args(argv)
 
@@ -113,12 +131,11 @@ def server(argv: Sequence[str] | None = None) -> int:
             del config.shard[args.shards :]
             config.shard.extend(CubeConfig().shard.add() for _ in range(args.shards - len(config.shard)))
         config = cube_server.checked(config, args.shard)
-        tables = cube_server.open_shard(config, args.shard)
         if args.check:
-            where = f"shard {args.shard} of {len(config.shard)}"
+            tables, where = cube_server.check(config, args.shard), f"shard {args.shard} of {len(config.shard)}"
             print(f"cube-server: {where} would serve {', '.join(tables)} on {config.listen}")
             return 0
-        cube_server.serve(config, args.shard, tables)
+        cube_server.serve(config, args.shard)
         return 0
 
     log_to_stderr("cube-server")
@@ -142,6 +159,10 @@ def build(argv: Sequence[str] | None = None) -> int:
         "--version", required=True, metavar="BASE@DELTA", help="version of these rows, such as 1763766000@0"
     )
     parser.add_argument("--shards", type=int, default=1, metavar="N", help="number of shards (default: 1)")
+    parser.add_argument(
+        "--shard-rule", default="mix", choices=[rule.text for rule in ShardRule],
+        help="which keys are which shard's: mix (default, even) or modulo (key %% shards, as in Paddle Serving)",
+    )  # fmt: skip
     parser.add_argument(
         "--out", default="cube-data", metavar="DIR", help="where the cube's files are (default: cube-data)"
     )
@@ -186,6 +207,7 @@ def build(argv: Sequence[str] | None = None) -> int:
         options = builder.Options(
             args.shards, RowFormat.parse(args.format), args.engine, args.url,
             _default_row(args.default_row, source.dim), args.reject_nan, args.memory, args.workers, args.restart,
+            ShardRule.parse(args.shard_rule),
         )  # fmt: skip
         with _Bars(args.table) as bars:
             built = builder.build(source, Path(args.out), args.table, version, options, bars)
@@ -233,140 +255,3 @@ def _default_row(text: str | None, dim: int) -> tuple[float, ...]:
     except ValueError as error:
         raise BadConfig("--default-row", repr(text), "numbers separated by commas") from error
     return numbers * dim if len(numbers) == 1 else numbers
-
-
-def ctl(argv: Sequence[str] | None = None) -> int:
-    """cube-ctl."""
-    parser = argparse.ArgumentParser(prog="cube-ctl", description="Ask a running cube, or check its files.")
-    parser.add_argument("--json", action="store_true", help="print JSON, for programs")
-    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
-    status = verbs.add_parser("status", help="shards, tables, versions and counters of a running cube")
-    lookup = verbs.add_parser("lookup", help="the rows of some keys of a running cube")
-    for verb in (status, lookup):
-        verb.add_argument("--cube", metavar="CUBE", help="cube.prototxt, or host:port of each shard, comma separated")
-    lookup.add_argument("table", help="name of the table")
-    lookup.add_argument("keys", nargs="+", type=int, metavar="KEY", help="unsigned 64-bit keys")
-    verify = verbs.add_parser("verify", help="read segment files and compare every checksum")
-    verify.add_argument("paths", nargs="+", metavar="PATH", help="stores, or directories to search for them")
-    args = parser.parse_args(argv)
-    work = {"status": _status, "lookup": _lookup, "verify": _verify}[args.verb]
-    return guarded("cube-ctl", lambda: work(args))
-
-
-def endpoints(cube: str) -> list[str]:
-    """Addresses of a cube's shards, from a cube.prototxt or a comma-separated list; raises BadConfig."""
-    if cube.endswith(".prototxt"):
-        addresses = [shard.address for shard in read(Path(cube), CubeConfig()).shard]
-    else:
-        addresses = cube.split(",")
-    if not addresses or not all(a.rpartition(":")[0] and a.rpartition(":")[2].isdigit() for a in addresses):
-        raise BadConfig("cube", repr(cube), "a .prototxt file that lists shards, or host:port,host:port,...")
-    return addresses
-
-
-def _status(args: argparse.Namespace) -> int:
-    rows = [
-        {
-            "shard": status.shard,
-            "table": table.table,
-            "version": str(Version(v.version.base, v.version.delta)),
-            "rows": v.keys,
-            "dim": v.dim,
-            "format": v.row_format,
-            "engine": v.engine,
-            "file_bytes": v.file_bytes,
-            "verified": v.verified,
-            "keys_found": table.keys_found,
-            "keys_absent": table.keys_absent,
-            "lookups": status.lookups,
-        }
-        for status in asyncio.run(_statuses(args.cube or str(DEFAULT_CONF)))
-        for table in status.tables
-        for v in table.versions
-    ]
-    _show(rows, args.json)
-    return 0
-
-
-async def _statuses(cube: str) -> list[Any]:
-    client = RemoteCube(endpoints(cube))
-    try:
-        return await asyncio.gather(*(client.status(shard, wait_s=2.0) for shard in range(client.shards)))
-    finally:
-        await client.close()
-
-
-def _lookup(args: argparse.Namespace) -> int:
-    async def ask() -> tuple[Version, Any]:
-        client = RemoteCube(endpoints(args.cube or str(DEFAULT_CONF)))
-        try:
-            status = await client.status(0, wait_s=2.0)
-            newest = {t.table: t.versions[0] for t in status.tables}
-            if args.table not in newest:
-                raise BadConfig("table", repr(args.table), f"one of {', '.join(newest)}")
-            v = newest[args.table]
-            version = Version(v.version.base, v.version.delta)
-            await client.open({args.table: (version, v.dim)}, wait_s=2.0, absent_zeros=False)
-            return version, await client.gather(args.table, version, np.array(args.keys, np.uint64), timeout_s=2.0)
-        finally:
-            await client.close()
-
-    if any(not 0 <= key < 1 << 64 for key in args.keys):
-        raise BadConfig("keys", args.keys, "numbers from 0 to 2**64 - 1")
-    version, rows = asyncio.run(ask())
-    _show(
-        [
-            {"key": key, "version": str(version), "found": bool(found), "row": [round(float(x), 6) for x in row]}
-            for key, found, row in zip(args.keys, rows.found, rows.rows, strict=True)
-        ],
-        args.json,
-    )
-    return 0
-
-
-def _verify(args: argparse.Namespace) -> int:
-    suffixes = {engine.suffix for engine in ENGINES.values()}
-    stores = [
-        store
-        for path in map(Path, args.paths)
-        for store in ([path] if path.suffix in suffixes else sorted(p for p in path.rglob("*") if p.suffix in suffixes))
-        if not any(part.startswith(".") for part in store.relative_to(path).parts)  # builds under way
-    ]
-    if not stores:
-        raise BadConfig(", ".join(args.paths), "no stores", "files of cube-build, or directories with some")
-    shown = []
-    with tqdm(unit="B", unit_scale=True, desc="verify", disable=None) as bar:
-        for path in stores:
-            facts: dict[str, Any] = {"file": str(path), "ok": False, "found": ""}
-            try:
-                store = open_store(path)
-                about = store.about
-                facts |= {"table": about.table, "version": str(about.version), "rows": len(store)}
-                facts |= {"format": about.row_format.text}
-                if store.capabilities.verify:
-                    store.verify(bar.update)
-                    facts["ok"] = True
-                else:
-                    facts["found"] = "no checksums to compare"
-            except DataCorrupt as error:
-                facts["found"] = str(error)
-                print(f"cube-ctl: {error}", file=sys.stderr)
-            shown.append(facts)
-    columns = ("file", "table", "version", "rows", "format", "ok", "found")
-    _show([{name: facts.get(name, "") for name in columns} for facts in shown], args.json)
-    return 0 if all(facts["ok"] or facts["found"] == "no checksums to compare" for facts in shown) else 1
-
-
-def _show(rows: list[dict[str, Any]], as_json: bool) -> None:
-    if as_json:
-        print(json.dumps(rows))
-        return
-    if not rows:
-        return
-    cells = [
-        list(rows[0]),
-        *([f"{v:,}" if type(v) is int and k != "key" else str(v) for k, v in row.items()] for row in rows),
-    ]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    for line in cells:
-        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())

@@ -9,25 +9,44 @@ against.
 The *legacy sign* is what the CTR demos of Paddle Serving used: CPython 2's string hash of (decimal column number + raw
 text), on 64 bits, then a floored modulus (`legacy_ids`).
 
-A *shard* is chosen by rule: SHARD_RULE_MIX scales a mixed key onto the shard count.
+A *shard* is chosen by rule (`ShardRule`), one for all tables of a cube: builders, servers and clients must agree on it.
 """
 
 from collections.abc import Sequence
+from enum import IntEnum
 
 import numpy as np
 from numpy.typing import NDArray
 
-from cube.errors import BadData
+from cube.errors import BadConfig, BadData
 from cube.kernels import U, inlined, kernel, mix, scaled
 
 SIGN_RULE = "xxh64(text, seed=slot)"
-SHARD_RULE_MIX = 1  # on disk in segments: never renumber
 
 LEGACY_MODULUS = 1_000_001
 
 _P1, _P2, _P3 = U(0x9E3779B185EBCA87), U(0xC2B2AE3D27D4EB4F), U(0x165667B19E3779F9)
 _P4, _P5 = U(0x85EBCA77C2B2AE63), U(0x27D4EB2F165667C5)
 _SHARD_SEED = U(0x5851F42D4C957F2D)  # unlike any segment's seed, so that a shard's keys still spread within it
+
+
+class ShardRule(IntEnum):
+    """How a key's shard is chosen. On disk and in stores' facts: never renumber."""
+
+    MIX = 1  # floor(mix(key ^ seed) * shards / 2**64): even, whatever the keys have in common
+    MODULO = 2  # key mod shards, unsigned: the ancestor's rule, for its clients. As even as the keys are
+
+    @property
+    def text(self) -> str:
+        """The name in flags, configuration and messages: mix, modulo."""
+        return self.name.lower()
+
+    @classmethod
+    def parse(cls, text: str, place: str = "shard_rule") -> "ShardRule":
+        """The rule of a name; raises BadConfig."""
+        if text not in (names := [rule.text for rule in cls]):
+            raise BadConfig(place, repr(text), " or ".join(names))
+        return cls[text.upper()]
 
 
 @inlined
@@ -104,9 +123,9 @@ def _cpython2_hash(columns, data, starts, sizes, out):  # type: ignore[no-untype
 
 
 @kernel
-def _shards(keys, shards, out):  # type: ignore[no-untyped-def]
+def _shards(keys, shards, modulo, out):  # type: ignore[no-untyped-def]
     for i in range(keys.size):
-        out[i] = scaled(mix(keys[i] ^ _SHARD_SEED), U(shards))
+        out[i] = keys[i] % U(shards) if modulo else scaled(mix(keys[i] ^ _SHARD_SEED), U(shards))
 
 
 def signs(
@@ -152,10 +171,10 @@ def legacy_ids(signs: NDArray[np.int64], modulus: int = LEGACY_MODULUS) -> NDArr
     return ids
 
 
-def shards_of(keys: NDArray[np.uint64], shards: int) -> NDArray[np.int32]:
-    """The shard of each key under SHARD_RULE_MIX. keys: uint64[n]; returns int32[n], each in [0, shards)."""
+def shards_of(keys: NDArray[np.uint64], shards: int, rule: ShardRule = ShardRule.MIX) -> NDArray[np.int32]:
+    """The shard of each key. keys: uint64[n]; returns int32[n], each in [0, shards)."""
     out = np.empty(keys.size, np.int32)
-    _shards(np.ascontiguousarray(keys, np.uint64), shards, out)
+    _shards(np.ascontiguousarray(keys, np.uint64), shards, rule is ShardRule.MODULO, out)
     return out
 
 

@@ -1,95 +1,256 @@
-"""Answers lookups: the same behind every door."""
+"""Answers lookups: the same behind every door.
+
+A lookup is three steps: `ask` checks one table's part of a request and finds its store, `look_up` runs the parts, here
+or in a thread, and whoever asked makes a reply of what the parts then hold. gRPC's is made here: rows go from the
+kernel's buffer into the reply without a copy.
+"""
 
 import asyncio
-from collections.abc import Awaitable
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from importlib import metadata
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cube.errors import BadRequest, NotServed
 from cube.pb import cube_pb2 as pb
-from cube.rpc.calls import Buffer, Call, Method, Reply, parse
+from cube.rows import check_offsets
+from cube.rpc.calls import Buffer, Call, Kind, Method, Reply, parse
 from cube.rpc.messages import Large, Spliced
 from cube.storage.store import Store
 from cube.table import Table, check_keys
 from cube.version import Version
 
-LOOKUP, STATUS = "/cube_serving.cube.Cube/Lookup", "/cube_serving.cube.Cube/Status"
+SERVICE = "cube_serving.cube.Cube"
+LOOKUP, STATUS, SCAN = f"/{SERVICE}/Lookup", f"/{SERVICE}/Status", f"/{SERVICE}/Scan"
 LOOKUP_REPLY = Spliced(pb.LookupReply, "tables.rows", "tables.found")
+SCAN_REPLY = Spliced(pb.ScanReply, "keys", "rows")
 REQUEST_BYTES = 1 << 20  # of a request, beside its keys: names of tables
 DEFAULT_MAX_KEYS = 4 << 20
 KEYS_ON_LOOP = 20_000  # about 2 ms of lookups
+PROGRAM = f"cube-server {metadata.version('cube-serving')}"
+SCAN_ROWS, MOST_SCAN_ROWS, SCAN_BYTES = 16_384, 65_536, 4 << 20  # of one message
+
+
+class Ask:
+    """The part of a request that is about one table, and what is found for it."""
+
+    __slots__ = ("absent", "found", "keys", "mean", "offsets", "rows", "store", "stored", "table")
+
+    rows: NDArray[np.float32] | NDArray[np.uint8]  # float32[n or bags, dim], or uint8[n, row_bytes] as stored
+    found: NDArray[np.bool_]  # bool[n]
+    absent: int  # keys without a row
+
+    def __init__(
+        self,
+        table: Table,
+        store: Store,
+        keys: NDArray[np.uint64],
+        stored: bool,
+        offsets: NDArray[np.int64] | None,
+        mean: bool,
+    ):
+        self.table, self.store, self.keys = table, store, keys
+        self.stored, self.offsets, self.mean = stored, offsets, mean
+
+    @property
+    def version(self) -> Version:
+        """The one that is read."""
+        return self.store.about.version
+
+    def run(self) -> None:
+        """Set rows, found and absent."""
+        store, keys, about = self.store, self.keys, self.store.about
+        self.found = np.empty(keys.size, np.bool_)
+        if self.offsets is not None:
+            self.rows = np.empty((self.offsets.size - 1, about.dim), np.float32)
+            self.absent = store.pooled(keys, self.offsets, self.mean, self.rows, self.found)
+        elif self.stored:
+            self.rows = np.empty((keys.size, about.row_bytes), np.uint8)
+            self.absent = store.read(keys, self.rows, self.found)
+        else:
+            self.rows = np.empty((keys.size, about.dim), np.float32)
+            self.absent = store.lookup(keys, self.rows, self.found)
 
 
 class CubeService:
     """The tables of one shard. Owned by the event loop."""
 
-    def __init__(self, tables: dict[str, Table], shard: int, shards: int, max_keys: int = DEFAULT_MAX_KEYS):
+    def __init__(
+        self,
+        tables: dict[str, Table],
+        shard: int,
+        shards: int,
+        max_keys: int = DEFAULT_MAX_KEYS,
+        *,
+        shard_rule: str = "mix",
+        workers: int = 1,
+        meter: Callable[[int, float], None] = lambda keys, seconds: None,
+    ):
+        """meter: told of every lookup that was answered, its keys and its seconds."""
         self.tables, self.shard, self.shards = tables, shard, shards
-        self._max_keys = max_keys
-        self._lookups = 0
+        self.lookups = 0  # answered since start
+        self._max_keys, self._shard_rule, self._workers, self._meter = max_keys, shard_rule, workers, meter
+        self._began = time.monotonic()
 
     def handlers(self) -> dict[str, Method]:
         """By gRPC path."""
         return {
             LOOKUP: Method(self.lookup, max_request_bytes=8 * self._max_keys + REQUEST_BYTES),
             STATUS: Method(self.status, max_request_bytes=REQUEST_BYTES),
+            SCAN: Method(self.scan, Kind.SERVER_STREAM, REQUEST_BYTES),
         }
 
-    def lookup(self, message: Buffer, call: Call) -> Reply | Awaitable[Reply]:
-        """LookupRequest → LookupReply; raises BadRequest, NotServed, DeadlineExceeded.
+    # ---- lookups ----
 
-        Many keys are looked up in a thread, so that the loop answers others meanwhile.
+    def ask(
+        self,
+        table: str,
+        version: Version | None,
+        keys: NDArray[np.uint64],
+        *,
+        stored: bool = False,
+        offsets: NDArray[np.int64] | None = None,
+        mean: bool = False,
+    ) -> Ask:
+        """What `look_up` takes; raises NotServed, BadRequest.
+
+        version: None for the current one. stored: rows as they are stored, else float32. offsets: int64[bags + 1], to
+        have the rows of each bag summed, or averaged.
         """
-        asked = [self._asked(table) for table in parse(pb.LookupRequest, message).tables]
-        keys = sum(one.keys.size for one in asked)
+        there = self._table(table)
+        if offsets is not None:
+            if stored:
+                raise BadRequest(f"table {table!r} format", "STORED, with pooling", "FLOATS: pooled rows are float32")
+            check_offsets(f"table {table!r} offsets", offsets, keys.size)
+        return Ask(there, there.store(version), keys, stored, offsets, mean)
+
+    def look_up(self, asks: Sequence[Ask], call: Call) -> Awaitable[None] | None:
+        """Run `asks`. Returns None where that is done already, else what to await.
+
+        Many keys are looked up in a thread, so that the loop answers others meanwhile. Raises BadRequest,
+        DeadlineExceeded, DataCorrupt.
+        """
+        keys = 0
+        for ask in asks:
+            keys += ask.keys.size
         if keys > self._max_keys:
             raise BadRequest("keys", f"{keys} in one call", f"at most {self._max_keys}")
-        if not all(is_short(one.store, keys) for one in asked):
-            return self._lookup_in_thread(asked, call)
-        for one in asked:
-            call.remaining_s(at_most=1.0)  # nobody waits for an answer after the deadline
-            one.look_up()
-        return self._reply(asked)
+        began = time.perf_counter()
+        for ask in asks:
+            if not is_short(ask.store, keys):
+                return self._in_thread(asks, keys, call, began)
+        for ask in asks:
+            if call.deadline is not None:
+                call.remaining_s(at_most=1.0)  # nobody waits for an answer after the deadline
+            ask.run()
+        self._count(asks, keys, began)
+        return None
 
-    async def _lookup_in_thread(self, asked: "list[_Asked]", call: Call) -> Reply:
-        for one in asked:
-            call.remaining_s(at_most=1.0)
-            await asyncio.to_thread(one.look_up)
-        return self._reply(asked)
+    async def _in_thread(self, asks: Sequence[Ask], keys: int, call: Call, began: float) -> None:
+        for ask in asks:
+            ask.table.hold(ask.store)
+        try:
+            for ask in asks:
+                call.remaining_s(at_most=1.0)
+                await asyncio.to_thread(ask.run)
+        finally:
+            for ask in asks:
+                ask.table.release(ask.store)
+        self._count(asks, keys, began)
 
-    def _asked(self, asked: pb.TableKeys) -> "_Asked":
-        table = self.tables.get(asked.table)
+    def _count(self, asks: Sequence[Ask], keys: int, began: float) -> None:
+        for ask in asks:
+            ask.table.count(ask.keys.size, ask.absent)
+        self.lookups += 1
+        self._meter(keys, time.perf_counter() - began)
+
+    def _table(self, name: str) -> Table:
+        table = self.tables.get(name)
         if table is None:
-            raise NotServed(f"table {asked.table!r}", sorted(self.tables))
-        version = Version(asked.version.base, asked.version.delta) if asked.HasField("version") else table.newest
-        keys = check_keys(f"table {asked.table!r} keys", asked.keys, self._max_keys)
-        return _Asked(table, version, table.store(version), keys)
+            raise NotServed(f"table {name!r}", sorted(self.tables))
+        return table
 
-    def _reply(self, asked: "list[_Asked]") -> Reply:
-        reply, large = pb.LookupReply(), Large()
-        for one in asked:
-            one.table.count(one.keys.size, one.absent)
-            reply.tables.add(
-                version=pb.Version(base=one.version.base, delta=one.version.delta),
-                dim=one.store.about.dim,
-                rows=large.put(one.rows),
-                found=large.put(one.found),
-                absent=one.absent,
-            )
-        self._lookups += 1
-        return LOOKUP_REPLY.encode(reply, large)
+    # ---- gRPC ----
+
+    def lookup(self, message: Buffer, call: Call) -> Reply | Awaitable[Reply]:
+        """LookupRequest → LookupReply; raises BadRequest, NotServed, DeadlineExceeded."""
+        asks = [self._asked(table) for table in parse(pb.LookupRequest, message).tables]
+        waiting = self.look_up(asks, call)
+        return _reply(asks) if waiting is None else _reply_after(waiting, asks)
+
+    def _asked(self, asked: pb.TableKeys) -> Ask:
+        name = asked.table
+        keys = check_keys(f"table {name!r} keys", asked.keys, self._max_keys)
+        version = Version(asked.version.base, asked.version.delta) if asked.HasField("version") else None
+        if not (asked.format or asked.pooling or asked.offsets):
+            table = self._table(name)
+            return Ask(table, table.store(version), keys, False, None, False)
+        if asked.format not in (pb.FLOATS, pb.STORED):
+            raise BadRequest(f"table {name!r} format", asked.format, "FLOATS (0) or STORED (1)")
+        if asked.pooling not in (pb.NONE, pb.SUM, pb.MEAN):
+            raise BadRequest(f"table {name!r} pooling", asked.pooling, "NONE (0), SUM (1) or MEAN (2)")
+        offsets = None
+        if asked.pooling:
+            offsets = check_keys(f"table {name!r} offsets", asked.offsets, self._max_keys + 1).astype(np.int64)
+        elif asked.offsets:
+            raise BadRequest(f"table {name!r} offsets", f"{len(asked.offsets)} bytes", "none without pooling")
+        mean = asked.pooling == pb.MEAN
+        return self.ask(name, version, keys, stored=asked.format == pb.STORED, offsets=offsets, mean=mean)
+
+    async def scan(self, message: Buffer, call: Call) -> AsyncIterator[Reply]:
+        """ScanRequest → stream of ScanReply; raises NotServed, BadRequest, Unimplemented."""
+        asked = parse(pb.ScanRequest, message)
+        table = self._table(asked.table)
+        store = table.store(Version(asked.version.base, asked.version.delta) if asked.HasField("version") else None)
+        if asked.batch_rows > MOST_SCAN_ROWS:
+            raise BadRequest("batch_rows", asked.batch_rows, f"at most {MOST_SCAN_ROWS}")
+        about = store.about
+        batches = store.scan(min(asked.batch_rows or SCAN_ROWS, max(SCAN_BYTES // about.row_bytes, 1)))
+        head = pb.ScanReply(
+            version=_wire(about.version),
+            dim=about.dim,
+            row_format=about.row_format.text,
+            row_bytes=about.row_bytes,
+            total=len(store),
+        )
+        yield head.SerializeToString()
+        table.hold(store)
+        try:
+            while (batch := await asyncio.to_thread(next, batches, None)) is not None:
+                large = Large()
+                yield SCAN_REPLY.encode(pb.ScanReply(keys=large.put(batch[0]), rows=large.put(batch[1])), large)
+        finally:
+            table.release(store)
 
     def status(self, message: Buffer, call: Call) -> bytes:
         """StatusRequest → StatusReply."""
         parse(pb.StatusRequest, message)
-        reply = pb.StatusReply(shard=self.shard, shards=self.shards, lookups=self._lookups)
+        return self.facts().SerializeToString()
+
+    def facts(self) -> pb.StatusReply:
+        """What is served."""
+        reply = pb.StatusReply(
+            shard=self.shard,
+            shards=self.shards,
+            lookups=self.lookups,
+            shard_rule=self._shard_rule,
+            workers=self._workers,
+            uptime_s=time.monotonic() - self._began,
+            program=PROGRAM,
+        )
         for table in self.tables.values():
-            status = reply.tables.add(table=table.name, keys_found=table.keys_found, keys_absent=table.keys_absent)
+            status = reply.tables.add(
+                table=table.name,
+                keys_found=table.keys_found,
+                keys_absent=table.keys_absent,
+                current=_wire(table.store(None).about.version),
+            )
             for store in table.stores:
                 about = store.about
                 status.versions.add(
-                    version=pb.Version(base=about.version.base, delta=about.version.delta),
+                    version=_wire(about.version),
                     dim=about.dim,
                     keys=len(store),
                     file_bytes=store.file_bytes,
@@ -98,23 +259,32 @@ class CubeService:
                     verified=store.checked,
                     default_row=bool(about.default_row),
                 )
-        return reply.SerializeToString()
+        return reply
 
 
-class _Asked:
-    """The keys of one table in a request, and what is found for them."""
+def _reply(asks: Sequence[Ask]) -> Reply:
+    reply, large = pb.LookupReply(), Large()
+    for ask in asks:
+        about = ask.store.about
+        reply.tables.add(
+            version=pb.Version(base=about.version.base, delta=about.version.delta),
+            dim=about.dim,
+            rows=large.put(ask.rows),
+            found=large.put(ask.found),
+            absent=ask.absent,
+            row_format=about.row_format.text if ask.stored else "f32",
+            row_bytes=about.row_bytes if ask.stored else 4 * about.dim,
+        )
+    return LOOKUP_REPLY.encode(reply, large)
 
-    __slots__ = ("absent", "found", "keys", "rows", "store", "table", "version")
 
-    def __init__(self, table: Table, version: Version, store: Store, keys: NDArray[np.uint64]):
-        self.table, self.version, self.store, self.keys = table, version, store, keys
-        self.absent = 0
+async def _reply_after(waiting: Awaitable[None], asks: Sequence[Ask]) -> Reply:
+    await waiting
+    return _reply(asks)
 
-    def look_up(self) -> None:
-        """Set rows, found and absent."""
-        self.rows = np.empty((self.keys.size, self.store.about.dim), np.float32)
-        self.found = np.empty(self.keys.size, np.bool_)
-        self.absent = self.store.lookup(self.keys, self.rows, self.found)
+
+def _wire(version: Version) -> pb.Version:
+    return pb.Version(base=version.base, delta=version.delta)
 
 
 def is_short(store: Store, keys: int) -> bool:

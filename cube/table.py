@@ -4,30 +4,42 @@ import logging
 import re
 import threading
 import time
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cube.errors import BadConfig, BadData, BadRequest, DataCorrupt, NotServed
+from cube.keys import ShardRule
 from cube.storage.engines import ENGINES, open_store
 from cube.storage.store import Store
 from cube.version import Version
 
 log = logging.getLogger(__name__)
 
+_Report = Callable[[Store, DataCorrupt | None], object]
+
 _SHARDS_IN_NAME = re.compile(rf"\d+-of-(\d+)({'|'.join(re.escape(engine.suffix) for engine in ENGINES.values())})")
 
 
 class Table:
-    """Open stores by version. Filled before the server starts, read by one thread."""
+    """Open stores by version. Owned by the event loop: only its thread calls this."""
 
     def __init__(self, name: str, stores: dict[Version, Store]):
+        """The newest of `stores` is current until `switch` says otherwise."""
         self.name = name
+        self.current = max(stores)  # what lookups read that name no version
         self._stores = stores
-        self.newest = max(stores)
-        self.keys_found = self.keys_absent = 0  # owned by the event loop
+        self._readers: Counter[Store] = Counter()  # lookups in threads
+        self._removed: set[Store] = set()  # closed by their last reader
+        self._tally: list[int] | memoryview[int] = [0, 0]
+
+    @property
+    def newest(self) -> Version:
+        """Of the open versions."""
+        return max(self._stores)
 
     @property
     def stores(self) -> list[Store]:
@@ -40,22 +52,76 @@ class Table:
         return sorted(self._stores, reverse=True)
 
     def store(self, version: Version | None) -> Store:
-        """The rows of a version, None for the newest; raises NotServed."""
-        found = self._stores.get(version or self.newest)
+        """The rows of a version, None for the current one; raises NotServed."""
+        found = self._stores.get(version or self.current)
         if found is None:
             raise NotServed(f"table {self.name!r} version {version}", [str(v) for v in self.versions])
         return found
 
+    def add(self, store: Store) -> None:
+        """Serve one more version, in place of none: lookups that name no version do not notice."""
+        version = store.about.version
+        if version in self._stores:
+            raise ValueError(f"table {self.name!r} version {version}: found it open, expected a new one")
+        self._stores[version] = store
+
+    def switch(self, version: Version) -> None:
+        """Make an open version the current one; raises NotServed."""
+        self.current = self.store(version).about.version
+
+    def remove(self, version: Version) -> None:
+        """Serve a version no more, and close it when no lookup reads it; raises NotServed, ValueError for the current
+        one."""
+        if version == self.current:
+            raise ValueError(f"table {self.name!r} version {version}: found the current one, expected another")
+        store = self.store(version)
+        del self._stores[version]
+        if self._readers[store]:
+            self._removed.add(store)
+        else:
+            del self._readers[store]
+            store.close()
+
+    def hold(self, store: Store) -> None:
+        """A lookup in a thread reads the store: it is not closed before `release`."""
+        self._readers[store] += 1
+
+    def release(self, store: Store) -> None:
+        """That lookup is over."""
+        self._readers[store] -= 1
+        if store in self._removed and not self._readers[store]:
+            self._removed.discard(store)
+            del self._readers[store]
+            store.close()
+
+    @property
+    def keys_found(self) -> int:
+        """Keys asked for that had a row, in this process."""
+        return self._tally[0]
+
+    @property
+    def keys_absent(self) -> int:
+        """Keys asked for that had none, in this process."""
+        return self._tally[1]
+
     def count(self, keys: int, absent: int) -> None:
         """Take a lookup into account."""
-        self.keys_found += keys - absent
-        self.keys_absent += absent
+        tally = self._tally
+        tally[0] += keys - absent
+        tally[1] += absent
+
+    def count_in(self, tally: "list[int] | memoryview[int]") -> None:
+        """Count in these two numbers from now on, found and absent: others may read them."""
+        self._tally = tally
 
 
-def open_tables(data: Path, shard: int, shards: int, keep_versions: int = 2) -> dict[str, Table]:
+def open_tables(
+    data: Path, shard: int, shards: int, keep_versions: int = 2, rule: ShardRule | None = None
+) -> dict[str, Table]:
     """Open the newest versions of every table under `data` for one shard.
 
-    Layout: FORMAT.md, "Files". Raises BadConfig where there is nothing to serve, DataCorrupt for a bad file.
+    Layout: FORMAT.md, "Files". rule: which keys are this shard's; None: as the files say, which must all agree. Raises
+    BadConfig where there is nothing to serve or the rule is another one, DataCorrupt for a bad file.
     """
     if not data.is_dir():
         raise BadConfig(str(data), "no such directory", "the output of cube-build")
@@ -68,11 +134,25 @@ def open_tables(data: Path, shard: int, shards: int, keep_versions: int = 2) -> 
                 log.warning("%s/%s is not built for %d shards: passed over", directory, version, shards)
         versions = versions or built[:1]  # whose error says what is there
         if versions:
-            stores = {v: _open(directory / str(v), directory.name, v, shard, shards) for v in versions}
+            stores = {}
+            for version in versions:
+                stores[version] = _open(directory / str(version), directory.name, version, shard, shards, rule)
+                rule = stores[version].about.shard_rule
             tables[directory.name] = Table(directory.name, stores)
     if not tables:
         raise BadConfig(str(data), "no tables", "directories <table>/<base>@<delta>, as cube-build writes them")
     return tables
+
+
+def open_version(data: Path, table: str, version: Version, shard: int, shards: int, rule: ShardRule) -> Store:
+    """Open one version of a table for one shard, as `open_tables` does; raises NotServed where `data` has no such
+    version, BadConfig where it is not built for so many shards, DataCorrupt."""
+    directory = data / table / str(version)
+    if not directory.is_dir():
+        parent = data / table
+        built = sorted(filter(None, map(_version_of, parent.iterdir()))) if parent.is_dir() else []
+        raise NotServed(f"table {table!r} version {version} under {data}", list(map(str, built)))
+    return _open(directory, table, version, shard, shards, rule)
 
 
 def shards_in(data: Path) -> int:
@@ -104,7 +184,9 @@ def _is_for(directory: Path, shards: int) -> bool:
     return any(name and int(name[1]) == shards for name in names)
 
 
-def _open(directory: Path, table: str, version: Version, shard: int, shards: int) -> Store:
+def _open(
+    directory: Path, table: str, version: Version, shard: int, shards: int, rule: ShardRule | None = None
+) -> Store:
     paths = [path for path in directory.glob(f"{shard}-of-{shards}.*") if _SHARDS_IN_NAME.fullmatch(path.name)]
     if len(paths) != 1:
         there = ", ".join(sorted(p.name for p in directory.glob("*-of-*"))) or "no segments"
@@ -116,15 +198,28 @@ def _open(directory: Path, table: str, version: Version, shard: int, shards: int
         raise BadConfig(
             str(paths[0]), "the rows of shard {} of {}, version {}, table {!r}".format(*found), paths[0].name
         )
+    if rule is not None and about.shard_rule is not rule:  # keys would be looked for where they are not
+        wanted = f"{rule.text}, as in the files beside it, or as shard_rule of the configuration says"
+        raise BadConfig(str(paths[0]), f"shard rule {about.shard_rule.text}", wanted)
     return store
+
+
+def touch(stores: Iterable[Store]) -> None:
+    """One lookup straight at each store, which counts nowhere: no request waits for a compiler or a first connection.
+    Keys are read-only as on the wire."""
+    for store in stores:
+        row = np.empty((1, store.about.dim), np.float32)
+        store.lookup(np.frombuffer(bytes(8), np.uint64), row, np.empty(1, np.bool_))
 
 
 class Verification:
     """Compares the checksums of stores in a thread of its own, while they are served."""
 
-    def __init__(self, stores: Iterable[Store]):
-        """Stores whose engine cannot verify are passed over."""
+    def __init__(self, stores: Iterable[Store], report: _Report = lambda store, error: None):
+        """Stores whose engine cannot verify are passed over. report: told, in that thread, of each that is through, and
+        whether it is corrupt; what came of it otherwise is in its `checked`."""
         self._stores = [store for store in stores if store.capabilities.verify]
+        self._report = report
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="verify", daemon=True)
 
@@ -141,18 +236,20 @@ class Verification:
 
     def _run(self) -> None:
         for store in self._stores:
-            about, begin = store.about, time.monotonic()
+            about, begin, corrupt = store.about, time.monotonic(), None
             try:
                 store.verify(self._go_on)
             except _StopVerifying:
                 return
             except DataCorrupt as error:
+                corrupt = error
                 log.error("table %s %s is corrupt and no longer served: %s", about.table, about.version, error)
             except Exception:
                 log.exception("table %s %s could not be verified", about.table, about.version)
             else:
                 seconds = time.monotonic() - begin
                 log.info("table %s %s verified in %.1f s", about.table, about.version, seconds)
+            self._report(store, corrupt)
 
     def _go_on(self, bytes_read: int) -> None:
         if self._stop.is_set():

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from cube.cli import conf_file, endpoints, guarded, log_to_stderr, positive
+from cube.cli import conf_file, guarded, log_to_stderr, positive
 from cube.config import settle
 from cube.rpc.process import DOORS
 from predictor.pb.predictor_config_pb2 import PredictorConfig
@@ -35,8 +35,16 @@ def server(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--cube",
         metavar="CUBE",
-        help="cube.prototxt, or host:port of each shard, comma separated (default: the model's local cube)",
+        help="cube.prototxt, cube.conf of the ancestor, or the shards, separated by commas, replicas of a shard by | "
+        "(default: the model's local cube)",
     )
+    parser.add_argument(
+        "--cube-token-file", metavar="FILE", help="what the cube's servers demand to see (default: nothing)"
+    )
+    parser.add_argument(
+        "--cube-cache-mb", type=positive, metavar="MB",
+        help="memory for rows of a remote cube that are asked for often (default: no cache)",
+    )  # fmt: skip
     parser.add_argument(
         "--max-samples", type=positive, metavar="N", help="largest number of samples in one request (default: 65536)"
     )
@@ -66,14 +74,13 @@ def server(argv: Sequence[str] | None = None) -> int:
         default = None if args.model else conf_file(None, DEFAULT_CONF)
         conf = Path(args.conf) if args.conf else default
         config = predictor_server.checked(settle(PredictorConfig(), conf, "PREDICTOR", os.environ, vars(args)))
-        shards = endpoints(config.cube) if config.cube else []
         if args.check:
-            loaded = asyncio.run(predictor_server.check(config, shards))
+            loaded = asyncio.run(predictor_server.check(config))
             print(
                 f"predictor-server: would serve {', '.join(f'{m.name} {m.version}' for m in loaded)} on {config.listen}"
             )
             return 0
-        predictor_server.serve(config, shards)
+        predictor_server.serve(config)
         if predictor_server.is_computing():
             sys.stdout.flush()
             os._exit(0)  # the interpreter would wait for a run that nobody waits for any more

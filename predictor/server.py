@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from pathlib import Path
 
-from cube.client import RemoteCube
+from cube.cluster import open_cube, token_in
 from cube.errors import BadConfig
 from cube.rpc.process import DOORS, Process, run
 from predictor import models
@@ -40,14 +40,11 @@ def checked(config: PredictorConfig) -> PredictorConfig:
     return settled
 
 
-def serve(config: PredictorConfig, endpoints: list[str]) -> None:
-    """Serve until SIGINT or SIGTERM.
-
-    `config` as `checked` returns it; endpoints: the cube's shards, none for local cubes.
-    """
+def serve(config: PredictorConfig) -> None:
+    """Serve until SIGINT or SIGTERM. `config` as `checked` returns it."""
 
     async def main(process: Process) -> None:
-        async with _models(config, endpoints) as loaded:
+        async with _models(config) as loaded:
             handlers = KServeDoor(InferenceService(loaded)).handlers()
             await process.serve(
                 handlers,
@@ -60,16 +57,19 @@ def serve(config: PredictorConfig, endpoints: list[str]) -> None:
     run(main)
 
 
-async def check(config: PredictorConfig, endpoints: list[str]) -> list[models.Model]:
+async def check(config: PredictorConfig) -> list[models.Model]:
     """Load everything, serve nothing."""
-    async with _models(config, endpoints) as loaded:
+    async with _models(config) as loaded:
         return loaded
 
 
 @asynccontextmanager
-async def _models(config: PredictorConfig, endpoints: list[str]) -> AsyncIterator[list[models.Model]]:
+async def _models(config: PredictorConfig) -> AsyncIterator[list[models.Model]]:
     """The models that `config` names, loaded; released when the block ends."""
-    cube = RemoteCube(endpoints) if endpoints else None
+    cube = None
+    if config.cube:
+        token = token_in(config.cube_token_file)
+        cube = open_cube(config.cube, token=token, cache_bytes=config.cube_cache_mb << 20)
     loaded: list[models.Model] = []
     threads = ThreadPoolExecutor(config.compute_threads, COMPUTE)
     settings = models.Settings(

@@ -11,6 +11,7 @@ import pytest
 from places import BIN, ROOT
 
 import cube.cli
+import cube.ctl
 import predictor.cli
 import predictor.client.cli
 import trainer_tools.prune_program
@@ -22,7 +23,7 @@ hypothesis.settings.load_profile("kernels")
 COMMANDS = {
     "cube-server": cube.cli.server,
     "cube-build": cube.cli.build,
-    "cube-ctl": cube.cli.ctl,
+    "cube-ctl": cube.ctl.ctl,
     "prune-program": trainer_tools.prune_program.main,
     "predictor-server": predictor.cli.server,
     "ctr-client": predictor.client.cli.main,

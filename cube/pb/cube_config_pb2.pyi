@@ -7,7 +7,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class CubeConfig(_message.Message):
-    __slots__ = ("data", "shard", "listen", "keep_versions", "max_keys", "verify", "in_memory", "grpc")
+    __slots__ = ("data", "shard", "listen", "keep_versions", "max_keys", "verify", "in_memory", "grpc", "shard_rule", "workers", "token_file", "tls_cert", "tls_key", "tls_client_ca", "legacy_table")
     DATA_FIELD_NUMBER: _ClassVar[int]
     SHARD_FIELD_NUMBER: _ClassVar[int]
     LISTEN_FIELD_NUMBER: _ClassVar[int]
@@ -16,6 +16,13 @@ class CubeConfig(_message.Message):
     VERIFY_FIELD_NUMBER: _ClassVar[int]
     IN_MEMORY_FIELD_NUMBER: _ClassVar[int]
     GRPC_FIELD_NUMBER: _ClassVar[int]
+    SHARD_RULE_FIELD_NUMBER: _ClassVar[int]
+    WORKERS_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_FILE_FIELD_NUMBER: _ClassVar[int]
+    TLS_CERT_FIELD_NUMBER: _ClassVar[int]
+    TLS_KEY_FIELD_NUMBER: _ClassVar[int]
+    TLS_CLIENT_CA_FIELD_NUMBER: _ClassVar[int]
+    LEGACY_TABLE_FIELD_NUMBER: _ClassVar[int]
     data: str
     shard: _containers.RepeatedCompositeFieldContainer[ShardConfig]
     listen: str
@@ -24,7 +31,14 @@ class CubeConfig(_message.Message):
     verify: str
     in_memory: bool
     grpc: str
-    def __init__(self, data: _Optional[str] = ..., shard: _Optional[_Iterable[_Union[ShardConfig, _Mapping]]] = ..., listen: _Optional[str] = ..., keep_versions: _Optional[int] = ..., max_keys: _Optional[int] = ..., verify: _Optional[str] = ..., in_memory: _Optional[bool] = ..., grpc: _Optional[str] = ...) -> None: ...
+    shard_rule: str
+    workers: int
+    token_file: str
+    tls_cert: str
+    tls_key: str
+    tls_client_ca: str
+    legacy_table: str
+    def __init__(self, data: _Optional[str] = ..., shard: _Optional[_Iterable[_Union[ShardConfig, _Mapping]]] = ..., listen: _Optional[str] = ..., keep_versions: _Optional[int] = ..., max_keys: _Optional[int] = ..., verify: _Optional[str] = ..., in_memory: _Optional[bool] = ..., grpc: _Optional[str] = ..., shard_rule: _Optional[str] = ..., workers: _Optional[int] = ..., token_file: _Optional[str] = ..., tls_cert: _Optional[str] = ..., tls_key: _Optional[str] = ..., tls_client_ca: _Optional[str] = ..., legacy_table: _Optional[str] = ...) -> None: ...
 
 class ShardConfig(_message.Message):
     __slots__ = ("address",)

@@ -8,6 +8,21 @@ lines of JSON over a socket pair:
     worker → parent   {"listening": LINE}       what to announce, once all workers have said so
     worker → parent   {"failed": TEXT}          what the command's one line of error is to say
     parent → worker   {"stop": SIGNAL, "times": N}
+    worker → parent   {"end": true}             stop us all, as by SIGTERM
+
+Commands (`Process.tell`) are carried out by all workers or by none, one at a time:
+
+    worker → parent   {"tell": COMMAND, "number": N}
+    parent → worker   {"prepare": COMMAND}      to all of them
+    worker → parent   {"done": null or [CODE, TEXT]}
+    parent → worker   {"commit": true}          to all, if all are prepared; each says "done" once more
+    parent → worker   {"abandon": true}         to all, if one is not
+    parent → worker   {"told": N, "error": null or [CODE, TEXT]}    to the one that began it
+
+News (`Process.spread`) wait for nobody:
+
+    worker → parent   {"spread": NEWS}
+    parent → worker   {"news": NEWS}            to all of them
 
 Signals reach workers in two ways: from the parent, and directly where a terminal or a service manager sends them to
 every process of a group. So a worker counts the parent's, and of its own only the first. A worker whose parent is gone
@@ -26,13 +41,13 @@ import signal
 import socket
 import sys
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
-from typing import Any, NoReturn, Protocol
+from typing import Any, NamedTuple, NoReturn, Protocol
 
 import uvloop
 from google.protobuf.descriptor import FileDescriptor
 
-from cube.errors import BadConfig, ServingError
-from cube.rpc.calls import Handlers
+from cube.errors import BadConfig, Overloaded, ServingError, to_wire
+from cube.rpc.calls import Handlers, StatusError
 from cube.rpc.health import SERVICE as HEALTH
 from cube.rpc.health import Health
 from cube.rpc.limits import Limits
@@ -55,6 +70,8 @@ _MAPPED_BYTES = 32 << 20  # larger blocks are mapped one by one, and given back
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 _STRAGGLE_S = 5.0  # what a worker may take beyond its drain, when the others had to stop for one that died
 _LINE_BYTES = 1 << 20
+_BUSY = "another command is being carried out: try again when it is done"
+_STOPPING = ["UNAVAILABLE", "the server is stopping"]
 
 
 class _Door(Protocol):
@@ -85,11 +102,126 @@ class _Stop:
             self.before_serving()
 
 
+class Prepared(NamedTuple):
+    """A command that can no longer fail, in one process; exactly one of these is called."""
+
+    commit: Callable[[], None]
+    abandon: Callable[[], None] = lambda: None
+
+
+Command = dict[str, Any]  # of what JSON can say
+Prepare = Callable[[Command], Awaitable[Prepared]]
+
+
+class _Orders:
+    """A process's part in the commands that all processes of a server carry out, or none."""
+
+    def __init__(self) -> None:
+        self.prepare_with: Prepare | None = None
+        self._hear_with: Callable[[Command], None] | None = None
+        self._unheard: list[Command] = []
+        self._prepared: Prepared | None = None
+
+    def obey(self, prepare: Prepare, hear: Callable[[Command], None]) -> None:
+        """See Process.obey."""
+        self.prepare_with, self._hear_with = prepare, hear
+        unheard, self._unheard = self._unheard, []
+        for news in unheard:
+            hear(news)
+
+    def hear(self, news: Command) -> None:
+        """What came before anybody listened is kept."""
+        if self._hear_with is None:
+            self._unheard.append(news)
+        else:
+            self._hear_with(news)
+
+    async def prepare(self, command: Command) -> Exception | None:
+        """Returns what went wrong."""
+        assert self.prepare_with is not None, "a command, and nobody obeys"
+        try:
+            self._prepared = await self.prepare_with(command)
+        except Exception as error:
+            if not isinstance(error, ServingError):
+                log.exception("a command failed")
+            return error
+        return None
+
+    def commit(self) -> Exception | None:
+        """Returns what went wrong, which is a fault of ours."""
+        prepared, self._prepared = self._prepared, None
+        assert prepared is not None
+        try:
+            prepared.commit()
+        except Exception as error:
+            log.exception("a command failed half way")
+            return error
+        return None
+
+    def abandon(self) -> None:
+        """Not all could prepare it; this process may be one of those."""
+        prepared, self._prepared = self._prepared, None
+        if prepared is not None:
+            prepared.abandon()
+
+
 class Process:
     """What a program's main coroutine is given. Owned by the event loop."""
 
-    def __init__(self, stop: _Stop, parent: "_Parent | None" = None):
+    def __init__(self, stop: _Stop, parent: "_Parent | None" = None, worker: int = 0):
+        self.worker = worker  # its number, from 0; the one process of a server without workers is 0 too
+        self.listener: Listener | None = None  # once the lean door is open
         self._stop, self._parent = stop, parent
+        self._orders = _Orders() if parent is None else parent.orders
+        self._command: asyncio.Task[None] | None = None  # that runs here, where there are no others
+
+    def obey(self, prepare: Prepare, hear: Callable[[Command], None]) -> None:
+        """Carry out commands, from whichever process they come; to be called before `serve`. hear: is told news.
+
+        prepare: everything of a command that takes time or can fail, without effect on what is served. It is awaited in
+        every process; when all have returned, their `commit`s are called, and if one has raised, the `abandon`s of the
+        others. There is one command at a time.
+        """
+        self._orders.obey(prepare, hear)
+
+    async def tell(self, command: Command) -> None:
+        """Have all processes of this server carry out a command. Returns when they have.
+
+        Raises what one of them raised (a StatusError of the same code, where it was another process), after which none
+        has done it; Overloaded at once while another command runs. A StatusError UNAVAILABLE says that a worker has
+        ended meanwhile, and with it the server, or that the server is about to. A caller that is cancelled does not
+        stop the command.
+        """
+        if self._parent is not None:
+            await self._parent.tell(command)
+            return
+        if self._command is not None:
+            raise Overloaded(_BUSY)
+        self._command = work = asyncio.ensure_future(self._carry_out(command))
+        work.add_done_callback(lambda done: done.cancelled() or done.exception())  # also where nobody waits any more
+        await asyncio.shield(work)
+
+    async def _carry_out(self, command: Command) -> None:
+        try:
+            error = await self._orders.prepare(command) or self._orders.commit()
+        finally:
+            self._command = None
+        if error is not None:
+            raise error
+
+    def spread(self, news: Command) -> None:
+        """Have all processes of this server hear something, this one too; nobody waits until they have."""
+        if self._parent is None:
+            self._orders.hear(news)
+        else:
+            self._parent.say(spread=news)
+
+    def end(self) -> None:
+        """Stop the whole server as SIGTERM does; asking twice changes nothing."""
+        if self._parent is None:
+            self._stop.ask(signal.SIGTERM, 1)
+        else:
+            self._parent.say(end=True)
 
     async def serve(
         self,
@@ -143,7 +275,7 @@ class Process:
         self, handlers: Handlers, listen: str, door: str, router: Router | None, tls: Tls | None, limits: Limits
     ) -> tuple[_Door, str]:
         if door == "lean":
-            listener = Listener(handlers, router, limits, tls)
+            self.listener = listener = Listener(handlers, router, limits, tls)
             if self._parent is None:
                 return listener, await listener.start(listen)
             return listener, await listener.start(await self._parent.address(listen), reuse_port=True)
@@ -169,20 +301,20 @@ def run(main: Main, workers: int = 1) -> None:
     """
     _keep_freed_memory()
     if workers == 1:
-        uvloop.run(_work(main, None))
+        uvloop.run(_work(main, None, 0))
     else:
         _run_workers(main, workers)
 
 
-async def _work(main: Main, control: socket.socket | None) -> None:
+async def _work(main: Main, control: socket.socket | None, number: int) -> None:
     """`main`, until it is done or a signal comes before it serves."""
     stop = _Stop()
     parent = None if control is None else await _Parent.connect(control, stop)
-    work = asyncio.ensure_future(main(Process(stop, parent)))
+    work = asyncio.ensure_future(main(Process(stop, parent, number)))
     stop.before_serving = work.cancel
     loop = asyncio.get_running_loop()
-    for number in DRAIN_S:
-        loop.add_signal_handler(number, stop.ask, number, None if parent is None else 1)
+    for each in DRAIN_S:
+        loop.add_signal_handler(each, stop.ask, each, None if parent is None else 1)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, DRAIN_S)
     try:
         await work
@@ -202,8 +334,12 @@ class _Parent:
     """A worker's end of the conversation with its parent."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, stop: _Stop):
+        self.orders = _Orders()
         self._reader, self._writer, self._stop = reader, writer, stop
         self._answers: asyncio.Queue[dict[str, str]] = asyncio.Queue()
+        self._told: dict[int, asyncio.Future[list[str] | None]] = {}  # our own commands, until they are carried out
+        self._commands = 0
+        self._preparing: asyncio.Task[None] | None = None
         self._listening = asyncio.ensure_future(self._listen())
 
     @classmethod
@@ -211,7 +347,7 @@ class _Parent:
         """Begin the conversation."""
         return cls(*await asyncio.open_connection(sock=control), stop)
 
-    def say(self, **message: str) -> None:
+    def say(self, **message: Any) -> None:
         """Tell the parent."""
         self._writer.write(_line(message))
 
@@ -223,9 +359,23 @@ class _Parent:
             raise ServingError(answer["error"])
         return answer["address"]
 
+    async def tell(self, command: Command) -> None:
+        """See Process.tell."""
+        self._commands += 1
+        number, told = self._commands, asyncio.get_running_loop().create_future()
+        self._told[number] = told
+        self.say(tell=command, number=number)
+        try:
+            if (error := await told) is not None:
+                raise StatusError(*error)
+        finally:
+            self._told.pop(number, None)
+
     async def close(self) -> None:
         """Let what was said go out."""
         self._listening.cancel()
+        if self._preparing is not None:
+            self._preparing.cancel()
         self._writer.close()
         with contextlib.suppress(ConnectionError):  # the parent is gone
             await self._writer.wait_closed()
@@ -236,9 +386,26 @@ class _Parent:
                 message = json.loads(line)
                 if "stop" in message:
                     self._stop.ask(signal.Signals[message["stop"]], message["times"])
+                elif "prepare" in message:
+                    self._preparing = asyncio.ensure_future(self._prepare(message["prepare"]))
+                elif "commit" in message:
+                    self.say(done=_told(self.orders.commit()))
+                elif "abandon" in message:
+                    self.orders.abandon()
+                elif "news" in message:
+                    self.orders.hear(message["news"])
+                elif "told" in message:
+                    if (told := self._told.get(message["told"])) is not None and not told.done():
+                        told.set_result(message["error"])
                 else:
                     self._answers.put_nowait(message)
         self._stop.ask(signal.SIGTERM, 1)
+        for told in self._told.values():
+            if not told.done():
+                told.set_result(_STOPPING)
+
+    async def _prepare(self, command: Command) -> None:
+        self.say(done=_told(await self.orders.prepare(command)))
 
 
 def _run_workers(main: Main, count: int) -> None:
@@ -252,7 +419,7 @@ def _run_workers(main: Main, count: int) -> None:
         if pid == 0:
             for one in (ours, *(worker.control for worker in workers)):
                 one.close()  # else no worker would notice that the parent is gone
-            _be_worker(_work(main, theirs))
+            _be_worker(_work(main, theirs, number))
         theirs.close()
         workers.append(_Worker(number, pid, ours))
     asyncio.run(_Supervisor(workers).run())
@@ -282,12 +449,23 @@ class _Worker:
     def __init__(self, number: int, pid: int, control: socket.socket):
         self.number, self.pid, self.control = number, pid, control
         self.is_listening = False
+        self.reader: asyncio.StreamReader | None = None  # None: not yet
         self.writer: asyncio.StreamWriter | None = None  # None: not yet, or no more
 
     def say(self, **message: Any) -> None:
         """Tell the worker."""
         if self.writer is not None:
             self.writer.write(_line(message))
+
+
+class _Underway:
+    """A command that the workers carry out."""
+
+    def __init__(self, teller: _Worker, number: int, waiting: set[_Worker]):
+        self.teller, self.number = teller, number
+        self.waiting = waiting  # for these to have done their part of the present step
+        self.committing = False  # the second step
+        self.error: list[str] | None = None
 
 
 class _Supervisor:
@@ -301,6 +479,7 @@ class _Supervisor:
         self._reason = signal.SIGTERM
         self._died = False
         self._error = ""
+        self._command: _Underway | None = None
 
     async def run(self) -> None:
         """Wait for all workers to end. Raises SystemExit or ServingError where that was not in order."""
@@ -308,6 +487,8 @@ class _Supervisor:
         for number in DRAIN_S:
             loop.add_signal_handler(number, self._on_signal, number)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, DRAIN_S)
+        for worker in self._workers:
+            worker.reader, worker.writer = await asyncio.open_connection(sock=worker.control, limit=_LINE_BYTES)
         await asyncio.gather(*map(self._attend, self._workers))
         for bound in self._addresses.values():
             for one in bound.sockets:
@@ -319,19 +500,23 @@ class _Supervisor:
 
     async def _attend(self, worker: _Worker) -> None:
         """Listen to a worker until it ends."""
-        reader, worker.writer = await asyncio.open_connection(sock=worker.control, limit=_LINE_BYTES)
+        reader, writer = worker.reader, worker.writer
+        assert reader is not None
+        assert writer is not None
         if self._times:
             worker.say(stop=self._reason.name, times=self._times)
         with contextlib.suppress(ConnectionError):
             while line := await reader.readline():
                 await self._on_message(worker, json.loads(line))
-        worker.writer.close()
+        writer.close()
         worker.writer = None
+        if self._command is not None:
+            self._on_done(worker, ["UNAVAILABLE", f"worker {worker.number} (process {worker.pid}) ended meanwhile"])
         code = await _exit_code(worker.pid)
         if code or (worker.is_listening and not self._times):
             self._on_death(worker, code)
 
-    async def _on_message(self, worker: _Worker, message: dict[str, str]) -> None:
+    async def _on_message(self, worker: _Worker, message: dict[str, Any]) -> None:
         if "listen" in message:
             try:
                 worker.say(address=await self._address(message["listen"]))
@@ -343,6 +528,46 @@ class _Supervisor:
             worker.is_listening = True
             if all(worker.is_listening for worker in self._workers):
                 print(message["listening"], flush=True)
+        elif "tell" in message:
+            self._on_tell(worker, message["number"], message["tell"])
+        elif "done" in message:
+            self._on_done(worker, message["done"])
+        elif "spread" in message:
+            self._say_all(news=message["spread"])
+        elif "end" in message and not self._times:
+            self._stop_all(signal.SIGTERM)
+
+    def _on_tell(self, worker: _Worker, number: int, command: Command) -> None:
+        if self._command is not None:
+            worker.say(told=number, error=["RESOURCE_EXHAUSTED", _BUSY])
+        elif self._times:
+            worker.say(told=number, error=_STOPPING)
+        elif not all(each.is_listening and each.writer is not None for each in self._workers):
+            worker.say(told=number, error=["UNAVAILABLE", "not all workers serve: try again"])
+        else:
+            self._command = _Underway(worker, number, set(self._workers))
+            self._say_all(prepare=command)
+
+    def _on_done(self, worker: _Worker, error: list[str] | None) -> None:
+        """A worker has done its part of the present step of the command, or failed to."""
+        command = self._command
+        assert command is not None
+        command.error = command.error or error
+        command.waiting.discard(worker)
+        if command.waiting:
+            return
+        if command.committing or command.error is not None:
+            if not command.committing:
+                self._say_all(abandon=True)
+            self._command = None
+            command.teller.say(told=command.number, error=command.error)
+        else:
+            command.committing, command.waiting = True, set(self._workers)
+            self._say_all(commit=True)
+
+    def _say_all(self, **message: Any) -> None:
+        for worker in self._workers:
+            worker.say(**message)
 
     async def _address(self, listen: str) -> str:
         """Hold an address for the workers: bound here without listening, it stays ours whatever becomes of them."""
@@ -379,8 +604,7 @@ class _Supervisor:
     def _stop_all(self, number: signal.Signals) -> None:
         self._times += 1
         self._reason = number if self._times == 1 else self._reason
-        for worker in self._workers:
-            worker.say(stop=self._reason.name, times=self._times)
+        self._say_all(stop=self._reason.name, times=self._times)
 
     def _kill_all(self) -> None:
         for worker in self._workers:
@@ -400,6 +624,11 @@ async def _exit_code(pid: int) -> int:
         loop.remove_reader(watch)
         os.close(watch)
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def _told(error: Exception | None) -> list[str] | None:
+    """An error as the conversation carries it."""
+    return None if error is None else list(to_wire(error)[:2])
 
 
 def _line(message: dict[str, Any]) -> bytes:

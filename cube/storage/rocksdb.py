@@ -106,7 +106,7 @@ class RocksdbStore(Store):
                     progress(keys.nbytes + rows.nbytes)
             self.checked = "yes"
         except DataCorrupt as error:
-            self._set_corrupt(error)
+            self.set_corrupt(error)
             raise
         finally:
             if self.checked == "running":  # progress wanted it stopped

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cube.errors import DataCorrupt
-from cube.keys import SHARD_RULE_MIX
+from cube.keys import ShardRule
 from cube.rows import RowFormat, check_offsets
 from cube.storage import index
 from cube.storage.store import About, Capabilities, Store, Writer, check_buffer
@@ -59,7 +59,7 @@ class Header(NamedTuple):
         about = self.about
         head = _HEADER.pack(
             MAGIC, FORMAT_VERSION, about.row_format, about.dim, self.keys, self.places, self.buckets, int(index.SEED),
-            about.shard, about.shards, SHARD_RULE_MIX, INDEX_RULE, *about.version, self.partitions,
+            about.shard, about.shards, about.shard_rule, INDEX_RULE, *about.version, self.partitions,
             self.stride, BLOCK_BYTES, self.default_row_offset, self.pilots_offset, self.partitions_offset,
             self.checksums_offset, self.file_bytes, self.partitions_crc, self.checksums_crc, about.table.encode(),
         )  # fmt: skip
@@ -86,18 +86,23 @@ class Header(NamedTuple):
         if row_format not in RowFormat.__members__.values():
             known = ", ".join(f"{f:d}" for f in RowFormat)
             raise DataCorrupt(where, f"row format {row_format}", f"one that this build reads ({known})")
-        rules = (shard_rule, index_rule, block_bytes, seed)
-        if rules != (SHARD_RULE_MIX, INDEX_RULE, BLOCK_BYTES, int(index.SEED)):
-            found = "shard rule {}, index rule {}, blocks of {}, seed {:x}".format(*rules)
-            raise DataCorrupt(where, found, f"{SHARD_RULE_MIX}, {INDEX_RULE}, {BLOCK_BYTES}, {int(index.SEED):x}")
+        if shard_rule not in ShardRule.__members__.values():
+            known = ", ".join(f"{rule:d}" for rule in ShardRule)
+            raise DataCorrupt(where, f"shard rule {shard_rule}", f"one that this build reads ({known})")
+        rules = (index_rule, block_bytes, seed)
+        if rules != (INDEX_RULE, BLOCK_BYTES, int(index.SEED)):
+            found = "index rule {}, blocks of {}, seed {:x}".format(*rules)
+            raise DataCorrupt(where, found, f"{INDEX_RULE}, {BLOCK_BYTES}, {int(index.SEED):x}")
         try:
             name = table.rstrip(b"\0").decode()
         except UnicodeDecodeError as error:
             raise DataCorrupt(where, f"a table name that is not UTF-8 ({error})", "UTF-8") from error
+        about = About(
+            name, Version(base, delta), shard, shards, dim, RowFormat(row_format), shard_rule=ShardRule(shard_rule)
+        )
         header = cls(
-            About(name, Version(base, delta), shard, shards, dim, RowFormat(row_format)), keys, places, buckets,
-            partitions, stride, default_row_offset, pilots_offset, partitions_offset, checksums_offset,
-            file_bytes, partitions_crc, checksums_crc,
+            about, keys, places, buckets, partitions, stride, default_row_offset, pilots_offset, partitions_offset,
+            checksums_offset, file_bytes, partitions_crc, checksums_crc,
         )  # fmt: skip
         if not (dim >= 1 and keys <= places and partitions >= 1 and shard < shards):
             counts = f"dim {dim}, {keys} keys in {places} places, {partitions} partitions, shard {shard} of {shards}"
@@ -297,7 +302,7 @@ class Segment(Store):
                 progress(end - start)
             self.checked = "yes"
         except DataCorrupt as error:
-            self._set_corrupt(error)
+            self.set_corrupt(error)
             raise
         finally:
             if self.checked == "running":  # progress wanted it stopped

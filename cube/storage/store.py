@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cube.errors import BadData, DataCorrupt, Unimplemented
+from cube.keys import ShardRule
 from cube.rows import RowFormat, check_offsets, decode, pool
 from cube.version import Version
 
@@ -28,6 +29,7 @@ class About(NamedTuple):
     dim: int
     row_format: RowFormat
     default_row: bytes = b""  # in the row format; what absent keys read. Empty: zeros
+    shard_rule: ShardRule = ShardRule.MIX  # stores that do not say follow it: there was no other
 
     @property
     def row_bytes(self) -> int:
@@ -69,7 +71,7 @@ class Store(ABC):
 
     _corrupt: DataCorrupt | None = None  # set once, by whichever thread verifies
 
-    def _set_corrupt(self, error: DataCorrupt) -> None:
+    def set_corrupt(self, error: DataCorrupt) -> None:
         """From now on lookups raise what verify found."""
         self._corrupt, self.checked = error, "corrupt"
 

@@ -1,10 +1,9 @@
 """Keys → rows, out of a cube, in the version that the model was trained with."""
 
-import asyncio
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-from cube.client import Cube
+from cube.client import Ask, Cube
 from cube.rpc.calls import Call
 from cube.version import Version
 from predictor.ops.op import Values
@@ -13,7 +12,7 @@ from trainer_tools.manifest import Lookup
 
 
 class Gather:
-    """The rows of all lookups, asked for at once. A key that is not in the table reads zeros and is counted."""
+    """The rows of all lookups, asked for in one call. A key that is not in the table reads zeros and is counted."""
 
     compute: ClassVar[bool] = False
 
@@ -25,12 +24,10 @@ class Gather:
 
     async def run(self, values: Mapping[str, Any], call: Call) -> Values:
         timeout_s = call.remaining_s(at_most=self._timeout_s)
-        asked = [
-            self._cube.gather(lookup.table, self._versions[lookup.table], values[signed(lookup)], timeout_s)
-            for lookup in self._lookups
-        ]
+        asks = [Ask(k.table, values[signed(k)], self._versions[k.table]) for k in self._lookups]
+        answer = await self._cube.lookup(asks, timeout_s)
         made: Values = {}
-        for lookup, rows in zip(self._lookups, await asyncio.gather(*asked), strict=True):
+        for lookup, rows in zip(self._lookups, answer.tables, strict=True):
             made |= {rows_of(lookup): rows.rows, found_of(lookup): rows.found}
         return made
 

@@ -7,7 +7,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class PredictorConfig(_message.Message):
-    __slots__ = ("model", "listen", "cube", "max_samples", "cube_wait_s", "cube_timeout_ms", "compute_threads", "max_keys", "grpc")
+    __slots__ = ("model", "listen", "cube", "max_samples", "cube_wait_s", "cube_timeout_ms", "compute_threads", "max_keys", "grpc", "cube_token_file", "cube_cache_mb")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     LISTEN_FIELD_NUMBER: _ClassVar[int]
     CUBE_FIELD_NUMBER: _ClassVar[int]
@@ -17,6 +17,8 @@ class PredictorConfig(_message.Message):
     COMPUTE_THREADS_FIELD_NUMBER: _ClassVar[int]
     MAX_KEYS_FIELD_NUMBER: _ClassVar[int]
     GRPC_FIELD_NUMBER: _ClassVar[int]
+    CUBE_TOKEN_FILE_FIELD_NUMBER: _ClassVar[int]
+    CUBE_CACHE_MB_FIELD_NUMBER: _ClassVar[int]
     model: _containers.RepeatedScalarFieldContainer[str]
     listen: str
     cube: str
@@ -26,7 +28,9 @@ class PredictorConfig(_message.Message):
     compute_threads: int
     max_keys: int
     grpc: str
-    def __init__(self, model: _Optional[_Iterable[str]] = ..., listen: _Optional[str] = ..., cube: _Optional[str] = ..., max_samples: _Optional[int] = ..., cube_wait_s: _Optional[int] = ..., cube_timeout_ms: _Optional[int] = ..., compute_threads: _Optional[int] = ..., max_keys: _Optional[int] = ..., grpc: _Optional[str] = ...) -> None: ...
+    cube_token_file: str
+    cube_cache_mb: int
+    def __init__(self, model: _Optional[_Iterable[str]] = ..., listen: _Optional[str] = ..., cube: _Optional[str] = ..., max_samples: _Optional[int] = ..., cube_wait_s: _Optional[int] = ..., cube_timeout_ms: _Optional[int] = ..., compute_threads: _Optional[int] = ..., max_keys: _Optional[int] = ..., grpc: _Optional[str] = ..., cube_token_file: _Optional[str] = ..., cube_cache_mb: _Optional[int] = ...) -> None: ...
 
 class ClientConfig(_message.Message):
     __slots__ = ("target", "model", "data", "batch", "concurrency", "timeout_ms")

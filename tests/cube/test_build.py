@@ -12,13 +12,16 @@ import pytest
 from places import BIN, ROOT
 from stores import Arrays, built
 
-from cube import build
+from cube import build, cli
 from cube.client import LocalCube
 from cube.errors import BadConfig, BadData
+from cube.keys import ShardRule
 from cube.publish import publishing
 from cube.rows import RowFormat
 from cube.sources import open_source
 from cube.storage import segment
+from cube.storage.engines import ENGINES, open_store
+from cube.table import open_tables
 from cube.version import Version
 
 
@@ -305,6 +308,76 @@ def test_a_build_of_other_rows_or_options_does_not_go_on_from_what_is_there(tmp_
     done = built(tmp_path, "t", Version(1), keys, rows, row_format=RowFormat.I8, restart=True)
     assert done.keys_by_shard == [3000]
     assert [p.name for p in (tmp_path / "t").iterdir()] == ["1@0"]
+
+
+def test_a_build_by_one_shard_rule_does_not_go_on_from_one_by_another(tmp_path, in_small_steps):
+    keys, rows = rows_of(range(3000))
+
+    class Dying(Arrays):
+        def batches(self, start, most):
+            yield next(super().batches(start, most))
+            raise OSError(5, "Input/output error")
+
+    with pytest.raises(OSError, match="Input/output"):
+        build.build(Dying(keys, rows), tmp_path, "t", Version(1), build.Options(shards=3))
+    with pytest.raises(BadConfig, match=r"1@0\.build: found what another build .*\(other shard_rule\)"):
+        built(tmp_path, "t", Version(1), keys, rows, shards=3, shard_rule=ShardRule.MODULO)
+    done = built(tmp_path, "t", Version(1), keys, rows, shards=3, shard_rule=ShardRule.MODULO, restart=True)
+    assert done.keys_by_shard == [1000, 1000, 1000]
+
+
+@pytest.mark.parametrize("engine", ["segment", "lmdb", "rocksdb"])
+def test_a_shard_by_modulo_holds_exactly_the_keys_with_that_remainder(tmp_path, in_small_steps, engine):
+    keys, rows = rows_of(np.random.default_rng(5).integers(0, 2**64, 5000, dtype=np.uint64))
+    built(tmp_path, "t", Version(1), keys, rows, shards=3, engine=engine, shard_rule=ShardRule.MODULO)
+    for shard in range(3):
+        store = open_store(tmp_path / "t" / "1@0" / f"{shard}-of-3{ENGINES[engine].suffix}")
+        there = np.concatenate([keys for keys, _ in store.scan()])
+        assert sorted(there.tolist()) == sorted(key for key in keys.tolist() if key % 3 == shard)
+        assert store.about.shard_rule is ShardRule.MODULO
+        if store.capabilities.verify:
+            store.verify()
+        store.close()
+    got = LocalCube(tmp_path).rows("t", None, np.concatenate([keys, keys + np.uint64(1)]))
+    assert np.array_equal(got.rows[:5000], rows)
+    assert got.found[:5000].all()
+    assert not got.found[5000:].any()
+
+
+def test_files_of_another_shard_rule_than_the_configuration_says_are_not_served(tmp_path):
+    keys, rows = rows_of(range(100))
+    for rule in ShardRule:
+        data = tmp_path / rule.text
+        built(data, "t", Version(1), keys, rows, shards=2, shard_rule=rule)
+        (other,) = set(ShardRule) - {rule}
+        assert open_tables(data, 1, 2, rule=rule).keys() == open_tables(data, 1, 2).keys() == {"t"}
+        message = rf"1-of-2\.seg: found shard rule {rule.text}, expected {other.text}, as .* shard_rule of the config"
+        with pytest.raises(BadConfig, match=message):
+            open_tables(data, 1, 2, rule=other)
+
+
+@pytest.mark.parametrize(("table", "version"), [("u", Version(1)), ("t", Version(2))])
+def test_two_shard_rules_under_one_directory_are_not_served(tmp_path, table, version):
+    keys, rows = rows_of(range(100))
+    built(tmp_path, "t", Version(1), keys, rows, shards=2)
+    built(tmp_path, table, version, keys, rows, shards=2, shard_rule=ShardRule.MODULO)
+    for rule in (None, *ShardRule):
+        with pytest.raises(
+            BadConfig, match=r"0-of-2\.seg: found shard rule (mix|modulo), expected (mix|modulo), as in"
+        ):
+            open_tables(tmp_path, 0, 2, rule=rule)
+
+
+def test_the_command_builds_by_the_rule_it_is_told(tmp_path, capsys):
+    keys, rows = rows_of(range(90))
+    np.save(tmp_path / "keys.npy", keys)
+    np.save(tmp_path / "rows.npy", rows)
+    command = [str(tmp_path), "--table", "t", "--out", str(tmp_path / "data"), "--shards", "3", "--workers", "1"]
+    assert cli.build([*command, "--version", "1@0", "--shard-rule", "modulo"]) == 0
+    assert "30, 30, 30 rows by shard" in capsys.readouterr().out
+    assert cli.build([*command, "--version", "2@0"]) == 0
+    rules = {v: open_store(tmp_path / "data" / "t" / v / "0-of-3.seg").about.shard_rule for v in ("1@0", "2@0")}
+    assert rules == {"1@0": ShardRule.MODULO, "2@0": ShardRule.MIX}
 
 
 def test_after_a_crash_of_the_machine_a_build_begins_anew(tmp_path, in_small_steps, monkeypatch):

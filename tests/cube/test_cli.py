@@ -104,27 +104,8 @@ def test_the_newest_versions_are_kept_open(data, server, command):
     for base in (2, 3):
         built(data, "t", Version(base), np.arange(9), np.ones((9, 2)), shards=2)
     address = server("cube-server", "--shard", 0, "--shards", 2, "--data", data, "--keep-versions", 2)
-    shown = json.loads(command("cube-ctl", "--json", "status", "--cube", address).stdout)
+    shown = json.loads(command("cube-ctl", "--json", "tables", "--server", address).stdout)
     assert [row["version"] for row in shown] == ["3@0", "2@0"]
-
-
-def test_ctl_shows_status_and_rows_and_counts_what_was_asked(data, command, server):
-    cube = ",".join(server("cube-server", "--shard", s, "--shards", 2, "--data", data) for s in range(2))
-    done = command("cube-ctl", "--json", "lookup", "--cube", cube, "t", 5, 6, 1000)
-    rows = json.loads(done.stdout)
-    assert [(r["key"], r["found"], r["row"]) for r in rows] == [
-        (5, True, [1, 1]),
-        (6, True, [1, 1]),
-        (1000, False, [0, 0]),
-    ]
-    shown = json.loads(command("cube-ctl", "--json", "status", "--cube", cube).stdout)
-    assert [row["shard"] for row in shown] == [0, 1]
-    assert sum(row["keys_found"] for row in shown) == 2
-    assert sum(row["keys_absent"] for row in shown) == 1
-    people = command("cube-ctl", "status", "--cube", cube).stdout.splitlines()
-    assert people[0].split()[:3] == ["shard", "table", "version"]
-    assert "table: found 'x', expected one of t" in command("cube-ctl", "lookup", "--cube", cube, "x", 5).stderr
-    assert "keys: found" in command("cube-ctl", "lookup", "--cube", cube, "t", 2**64).stderr
 
 
 def test_ctl_verifies_files(data, command):
@@ -183,8 +164,8 @@ def test_checksums_are_compared_in_the_background_and_what_is_corrupt_is_refused
 
 
 def verified(command, addresses):
-    shown = json.loads(command("cube-ctl", "--json", "status", "--cube", ",".join(addresses)).stdout)
-    return [row["verified"] for row in shown]
+    shown = [json.loads(command("cube-ctl", "--json", "tables", "--server", a).stdout) for a in addresses]
+    return [rows[0]["verified"] for rows in shown]
 
 
 def test_a_server_that_verifies_first_does_not_open_its_port_over_corrupt_rows(data, command, server):
@@ -196,9 +177,9 @@ def test_a_server_that_verifies_first_does_not_open_its_port_over_corrupt_rows(d
     assert done.returncode == 1
     assert "0-of-2.seg block 0" in done.stderr
     address = server("cube-server", "--shard", 1, *args[:4], "--verify", "first")
-    assert json.loads(command("cube-ctl", "--json", "status", "--cube", address).stdout)[0]["verified"] == "yes"
+    assert json.loads(command("cube-ctl", "--json", "tables", "--server", address).stdout)[0]["verified"] == "yes"
     address = server("cube-server", "--shard", 1, *args[:4], "--verify", "off", "--in-memory")
-    assert json.loads(command("cube-ctl", "--json", "status", "--cube", address).stdout)[0]["verified"] == "no"
+    assert json.loads(command("cube-ctl", "--json", "tables", "--server", address).stdout)[0]["verified"] == "no"
 
 
 @pytest.mark.parametrize("engine", ["segment", "rocksdb", "lmdb"])
@@ -213,9 +194,9 @@ def test_every_engine_and_row_format_is_built_and_served(tmp_path, command, serv
     shown = json.loads(command("cube-ctl", "--json", "lookup", "--cube", address, "t", 5, 299, 300).stdout)
     assert [row["found"] for row in shown] == [True, True, False]
     assert [row["row"] for row in shown] == [[10, 11], [598, 599] if row_format != "bf16" else [600, 600], [7, 7]]
-    (status,) = json.loads(command("cube-ctl", "--json", "status", "--cube", address).stdout)
+    (status,) = json.loads(command("cube-ctl", "--json", "tables", "--server", address).stdout)
     assert (status["rows"], status["format"]) == (300, row_format)
-    assert status["file_bytes"] > 300 * 4
+    assert status["bytes"] > 300 * 4
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -9,11 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from stores import built
 
-from cube.client import LocalCube, RemoteCube, split
-from cube.errors import BadConfig, BadRequest, NotServed, ShardUnavailable
+from cube.client import Ask, BlockingCube, LocalCube, RemoteCube, split, unique
+from cube.errors import BadConfig, BadRequest, DataCorrupt, NotServed, ShardUnavailable
+from cube.keys import ShardRule, shards_of
 from cube.pb import cube_pb2 as pb
 from cube.rpc.channel import Channel
-from cube.service import LOOKUP
+from cube.service import LOOKUP, STATUS
 from cube.version import Version
 from trainer_tools.demo import started
 
@@ -51,14 +53,18 @@ def with_cube(endpoints, work):
     return asyncio.run(run())
 
 
-@given(st.lists(u64, max_size=60), st.integers(1, 5))
-def test_split_and_join_put_every_key_back_in_its_place(keys, shards):
+@given(st.lists(u64, max_size=60), st.integers(1, 5), st.sampled_from(ShardRule))
+def test_split_gives_each_shard_its_keys_and_unique_puts_every_key_back(keys, shards, rule):
     asked = np.array(keys + keys[::2], np.uint64)
-    parts = split(asked, shards)
-    assert len(parts.by_shard) == shards
-    together = np.concatenate(parts.by_shard)
-    assert np.unique(together).size == together.size == len(set(keys))
-    assert together[parts.place].tolist() == asked.tolist()
+    distinct, place = unique(asked)
+    assert distinct.tolist() == list(dict.fromkeys(asked.tolist()))
+    assert distinct[place].tolist() == asked.tolist()
+    parts = split(distinct, shards, rule)
+    assert len(parts) == shards
+    assert sorted(np.concatenate(parts).tolist()) == list(range(distinct.size))
+    for shard, part in enumerate(parts):
+        assert (shards_of(distinct[part], shards, rule) == shard).all()
+        assert (np.diff(part) > 0).all()
 
 
 def test_servers_and_files_answer_alike(data, shards):
@@ -138,7 +144,7 @@ def test_a_shard_that_dies_is_unavailable_and_the_others_still_answer(data):
             dying.close()
             with pytest.raises(ShardUnavailable, match="cube shard 1"):
                 await cube.gather("t", Version(2), KEYS, timeout_s=5)
-            mine = split(KEYS, 2).by_shard[0]
+            mine = KEYS[split(KEYS, 2, ShardRule.MIX)[0]]
             return await cube.gather("t", Version(2), mine, timeout_s=5)
 
         with contextlib.ExitStack() as dying:
@@ -200,3 +206,129 @@ def test_several_tables_come_in_one_call_in_the_order_asked(data, shards):
     rows = np.frombuffer(reply.tables[0].rows, np.float32).reshape(-1, 3)
     assert np.array_equal(rows[found], -ROWS[found])
     assert reply.tables[0].absent == np.count_nonzero(~found) > 0
+
+
+@pytest.mark.parametrize("cache_bytes", [0, 1 << 20])
+def test_several_tables_and_versions_are_one_lookup(data, shards, cache_bytes):
+    local, rng = LocalCube(data), np.random.default_rng(3)
+
+    async def work():
+        async with RemoteCube(shards, cache_bytes=cache_bytes) as cube:
+            answers = []
+            for _ in range(30):  # the same hot keys again and again, so that the cache has some
+                asked = KEYS[rng.zipf(1.3, 60) % 500]
+                asks = [Ask("t", asked, Version(1)), Ask("t", asked[:0]), Ask("t", asked ^ np.uint64(1), Version(2))]
+                answers.append((asks, await cube.lookup([*asks, asks[0]], 5)))
+            calls = [balancer.counters.calls for balancer in cube.balancers]
+            return answers, calls, cube.cache_stats
+
+    answers, calls, stats = asyncio.run(work())
+    for asks, (tables, unavailable) in answers:
+        assert unavailable == {}
+        for ask, table in zip([*asks, asks[0]], tables, strict=True):
+            here = local.rows(ask.table, ask.version, ask.keys)
+            assert np.array_equal(table.rows, here.rows)
+            assert np.array_equal(table.found, here.found)
+            assert table.version == here.version
+            assert table.unavailable is None
+            table.rows[:] = 0  # the caller's own
+    assert max(calls) <= 35  # one for each lookup, and a status now and then
+    assert (stats is not None and stats.hits > 500 and stats.negative_hits > 0) if cache_bytes else stats is None
+
+
+@given(st.lists(st.lists(st.integers(0, 40), max_size=30), max_size=12), st.booleans())
+def test_answers_are_the_same_with_a_cache_and_without(asks, many_versions):
+    """In memory, against shards that are dicts of their own; places over 20 are keys that are not there."""
+
+    async def ask(cube):
+        cube._balancers = [FakeShard(shard) for shard in range(2)]
+        versions = [Version(1), Version(2)] if many_versions else [Version(2)]
+        answers = []
+        for turn, places in enumerate(asks):
+            keys = np.array(places, np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+            version = versions[turn % len(versions)]
+            answers.append((await cube.lookup([Ask("t", keys, version)], 5)).tables[0])
+        return answers
+
+    async def work():
+        return await ask(RemoteCube(["x:1", "x:2"], cache_bytes=1 << 20)), await ask(RemoteCube(["x:1", "x:2"]))
+
+    for cached, plain, places in zip(*asyncio.run(work()), asks, strict=True):
+        assert np.array_equal(cached.rows, plain.rows)
+        assert np.array_equal(cached.found, plain.found)
+        assert plain.found.tolist() == [place <= 20 for place in places]
+
+
+class FakeShard:
+    """What a Balancer is to a RemoteCube: one shard of table t, versions 1 and 2, keys 0 to 20 times a constant."""
+
+    def __init__(self, shard):
+        keys = np.arange(21, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+        self.shard, self.keys = shard, set(keys[shards_of(keys, 2) == shard].tolist())
+
+    async def call(self, path, message, timeout_s, wait_for_ready=False, *, metadata=()):
+        if path == STATUS:
+            versions = [pb.TableVersion(version=pb.Version(base=base), dim=2) for base in (2, 1)]
+            table = pb.TableStatus(table="t", versions=versions, current=pb.Version(base=2))
+            return pb.StatusReply(shard=self.shard, shards=2, shard_rule="mix", tables=[table]).SerializeToString()
+        reply = pb.LookupReply()
+        for asked in pb.LookupRequest.FromString(message).tables:
+            keys = np.frombuffer(asked.keys, "<u8").tolist()
+            assert (shards_of(np.array(keys, np.uint64), 2) == self.shard).all()
+            found = [key in self.keys for key in keys]
+            base = asked.version.base
+            rows = [[k % 1000 + base, 1] if here else [0, 0] for k, here in zip(keys, found, strict=True)]
+            reply.tables.add(
+                version=asked.version,
+                dim=2,
+                rows=np.array(rows, np.float32).tobytes(),
+                found=bytes(found),
+                absent=found.count(False),
+            )
+        return reply.SerializeToString()
+
+    async def close(self):
+        pass
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda table: table.ClearField("rows"),
+        lambda table: setattr(table, "dim", 3),
+        lambda table: setattr(table, "found", b"\x02" * len(table.found)),
+        lambda table: setattr(table, "found", table.found + b"\x01"),
+        lambda table: setattr(table.version, "base", 9),
+    ],
+)
+def test_an_answer_to_another_question_is_not_believed(change):
+    class Liar(FakeShard):
+        async def call(self, path, *args, **options):
+            told = await super().call(path, *args, **options)
+            if path == STATUS:
+                return told
+            reply = pb.LookupReply.FromString(told)
+            change(reply.tables[0])
+            return reply.SerializeToString()
+
+    async def work():
+        cube = RemoteCube(["x:1", "x:2"])
+        cube._balancers = [Liar(shard) for shard in range(2)]
+        await cube.gather("t", Version(2), np.arange(9, dtype=np.uint64), 5)
+
+    with pytest.raises(DataCorrupt, match=r"cube shard [01] of x:[12] reply: found"):
+        asyncio.run(work())
+
+
+def test_threads_ask_through_a_blocking_cube(data, shards):
+    local = LocalCube(data)
+    with BlockingCube(lambda: RemoteCube(shards)) as cube, ThreadPoolExecutor(8) as threads:
+        cube.open({"t": (Version(2), 3)}, wait_s=5)
+        parts = [KEYS[start : start + 50] for start in range(0, 450, 7)]
+        for part, rows in zip(parts, threads.map(lambda part: cube.gather("t", None, part, 5), parts), strict=True):
+            assert np.array_equal(rows.rows, local.rows("t", Version(2), part).rows)
+        with pytest.raises(NotServed):
+            cube.lookup([Ask("nowhere", KEYS)], 5)
+    cube.close()
+    with pytest.raises(BadConfig, match="row cache: found 1 bytes"):
+        BlockingCube(lambda: RemoteCube(shards, cache_bytes=1))

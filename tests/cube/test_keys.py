@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from places import GOLDEN
 
-from cube.errors import BadData
-from cube.keys import legacy_ids, legacy_signs, shards_of, signs, signs_of
+from cube.errors import BadConfig, BadData
+from cube.keys import ShardRule, legacy_ids, legacy_signs, shards_of, signs, signs_of
 
 VECTORS = json.loads((GOLDEN / "signs.json").read_text())
 features = st.lists(st.tuples(st.integers(0, 2**31), st.binary(max_size=80)), max_size=30)
@@ -83,10 +83,34 @@ def test_columns_of_different_lengths_are_refused():
         signs(np.array([1]), np.zeros(3, np.uint8), np.array([0, 1]), np.array([1, 1]))
 
 
-@given(st.lists(st.integers(0, 2**64 - 1), max_size=50), st.integers(1, 70000))
-def test_every_key_has_a_shard(keys, shards):
-    found = shards_of(np.array(keys, np.uint64), shards)
-    assert ((found >= 0) & (found < shards)).all()
+def mixed(key):
+    """MurmurHash3's finaliser, in Python integers."""
+    for shift, factor in ((33, 0xFF51AFD7ED558CCD), (33, 0xC4CEB9FE1A85EC53)):
+        key = (key ^ key >> shift) * factor % 2**64
+    return key ^ key >> 33
+
+
+@given(st.lists(st.integers(0, 2**64 - 1), max_size=50), st.integers(1, 65535))
+def test_shards_agree_with_the_rules_in_the_format(keys, shards):
+    given_keys = np.array(keys, np.uint64)
+    assert shards_of(given_keys, shards, ShardRule.MODULO).tolist() == [key % shards for key in keys]
+    expected = [mixed(key ^ 0x5851F42D4C957F2D) * shards >> 64 for key in keys]
+    assert shards_of(given_keys, shards, ShardRule.MIX).tolist() == expected
+    assert shards_of(given_keys, shards).tolist() == expected
+
+
+def test_negative_ids_are_large_unsigned_keys_to_the_modulo_rule():
+    """As the ancestor's client reinterprets them (not as C's or Python's % of a negative number)."""
+    keys = np.array([-1, -(2**63)], np.int64).view(np.uint64)
+    assert shards_of(keys, 7, ShardRule.MODULO).tolist() == [(2**64 - 1) % 7, 2**63 % 7]
+
+
+def test_shard_rules_have_the_names_and_numbers_they_always_had():
+    assert {rule.text: int(rule) for rule in ShardRule} == {"mix": 1, "modulo": 2}
+    assert [ShardRule.parse(rule.text) for rule in ShardRule] == list(ShardRule)
+    for wrong in ("MIX", "", "1", "hash"):
+        with pytest.raises(BadConfig, match=f"shard_rule: found '{wrong}', expected mix or modulo"):
+            ShardRule.parse(wrong)
 
 
 def test_shards_are_even_for_consecutive_keys_too():

@@ -12,6 +12,7 @@ from places import GOLDEN
 from stores import looked_up, segment_of
 
 from cube.errors import DataCorrupt
+from cube.keys import ShardRule
 from cube.rows import RowFormat
 from cube.storage import index, segment
 from cube.storage.segment import Segment, SegmentWriter
@@ -215,6 +216,40 @@ def test_facts_that_lie_with_a_right_checksum_are_refused(tmp_path, lie):
     path.write_bytes(header.encode() + path.read_bytes()[segment.PAGE :])
     with pytest.raises(DataCorrupt, match="expected the ranges of FORMAT"):
         Segment(path)
+
+
+def test_the_shard_rule_is_in_the_header_at_the_place_the_format_says(tmp_path):
+    path = written(tmp_path / "s.seg", [5], [[1.0]])
+    header, rows = Segment(path).header, path.read_bytes()[segment.PAGE :]
+    assert header.about.shard_rule is ShardRule.MIX
+    modulo = header._replace(about=header.about._replace(shard_rule=ShardRule.MODULO)).encode()
+    changed = [at for at, (a, b) in enumerate(zip(header.encode(), modulo, strict=True)) if a != b]
+    assert (changed[0], modulo[56:60]) == (56, b"\2\0\0\0")
+    assert set(changed[1:]) <= set(range(4092, 4096))
+    path.write_bytes(modulo + rows)
+    opened = Segment(path)
+    opened.verify()
+    assert opened.about.shard_rule is ShardRule.MODULO
+
+
+@pytest.mark.parametrize(("at", "what"), [(56, "shard rule 3"), (60, "index rule 3")])
+def test_rules_that_this_build_does_not_know_are_refused(tmp_path, at, what):
+    path = written(tmp_path / "s.seg", [5], [[1.0]])
+    raw = bytearray(path.read_bytes())
+    raw[at] = 3
+    raw[4092:4096] = zlib.crc32(raw[:4092]).to_bytes(4, "little")
+    path.write_bytes(raw)
+    with pytest.raises(DataCorrupt, match=rf"s\.seg: found {what}"):
+        Segment(path)
+
+
+def test_facts_of_other_engines_say_the_rule_too_and_older_ones_mean_mix():
+    about = About("t", Version(7), 1, 3, 2, RowFormat.F16, b"", ShardRule.MODULO)
+    assert About.decode(about.encode(), "here") == about
+    older = b'["t",[7,0],1,3,2,2,""]'
+    assert About.decode(older, "here") == about._replace(shard_rule=ShardRule.MIX)
+    with pytest.raises(DataCorrupt, match="here: found Invalid enum value 3"):
+        About.decode(b'["t",[7,0],1,3,2,2,"",3]', "here")
 
 
 @pytest.mark.parametrize("lie", [{"pilots_offset": 8192 * 9}, {"stride": 24}, {"places": 1 << 40}, {"buckets": 9999}])

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from places import GOLDEN
 
-from cube.client import Rows
+from cube.client import Answer, Rows
 from cube.errors import BadConfig, BadRequest, DeadlineExceeded
 from cube.rpc.calls import Call
 from cube.version import Version
@@ -155,9 +155,9 @@ class OneShard:
     def __init__(self):
         self.asked = []
 
-    async def gather(self, table, version, keys, timeout_s):
-        self.asked.append((table, version, timeout_s))
-        return Rows(np.ones((keys.size, 2), np.float32), keys != 0)
+    async def lookup(self, asks, timeout_s, *, partial=False):
+        self.asked += [(table, version, timeout_s) for table, _, version in asks]
+        return Answer([Rows(np.ones((keys.size, 2), np.float32), keys != 0, version) for _, keys, version in asks], {})
 
 
 def test_gather_pins_the_version_and_passes_the_time_left():

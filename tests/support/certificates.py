@@ -15,9 +15,10 @@ class Authority:
         self.roots = directory / "roots.pem"
         self._ca.cert_pem.write_to_path(str(self.roots))
 
-    def issue(self, name, *hosts):
+    def issue(self, name, *hosts, not_before=None, not_after=None):
         """Write NAME.pem and NAME.key for these hosts (or over what is there); returns their paths."""
-        issued = self._ca.issue_cert(*(hosts or ("localhost", "127.0.0.1")))
+        hosts = hosts or ("localhost", "127.0.0.1")
+        issued = self._ca.issue_cert(*hosts, not_before=not_before, not_after=not_after)
         certificate, key = self._directory / f"{name}.pem", self._directory / f"{name}.key"
         certificate.write_bytes(b"".join(pem.bytes() for pem in issued.cert_chain_pems))
         key.write_bytes(issued.private_key_pem.bytes())

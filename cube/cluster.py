@@ -1,0 +1,215 @@
+"""Where a cube is: a configuration file, the ancestor's `cube.conf`, a list of addresses, or a directory of files.
+
+conf/cube.prototxt                              one entry per shard, each with its replicas
+cube.conf                                       the ancestor's JSON; its tables may be on servers of their own
+10.0.0.1:8010|10.0.0.2:8010,10.0.0.3:8010       shards separated by commas, replicas of a shard by |
+dns://cube-0:8010,file:///run/cube-1            the same with any form of cube.rpc.naming
+cube-data/                                      the files themselves, opened in this process
+"""
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import msgspec
+
+from cube.client import Answer, Ask, Cube, LocalCube, RemoteCube
+from cube.config import read
+from cube.errors import BadConfig, NotServed
+from cube.keys import ShardRule
+from cube.pb.cube_config_pb2 import CubeConfig
+from cube.rpc.naming import Naming
+from cube.rpc.routing import Options, Policy
+from cube.version import Version
+
+
+class Cluster(NamedTuple):
+    """The servers of one cube."""
+
+    shards: tuple[str, ...]  # where each shard's replicas are, as cube.rpc.naming reads it
+    rule: ShardRule
+    options: Options
+
+
+def cluster_at(where: str) -> Cluster:
+    """The servers that a text or a file names; raises BadConfig, also for what is no such thing."""
+    if where.endswith(".prototxt"):
+        config = read(Path(where), CubeConfig())
+        rule = ShardRule.parse(config.shard_rule or ShardRule.MIX.text, f"{where} shard_rule")
+        return _checked(where, Cluster(tuple(shard.address for shard in config.shard), rule, Options()))
+    shards = [_alternatives(part) for part in where.split(",")]
+    return _checked("cube", Cluster(tuple(shards), ShardRule.MIX, Options()))
+
+
+def open_cube(where: str, *, token: str = "", cache_bytes: int = 0) -> Cube:
+    """The cube that a text names: see above. Raises BadConfig, DataCorrupt."""
+    if Path(where).is_dir():
+        return LocalCube(Path(where))
+    if where.endswith((".conf", ".json")):
+        return Cubes(
+            {
+                name: RemoteCube(
+                    cluster.shards,
+                    shard_rule=cluster.rule,
+                    options=cluster.options,
+                    cache_bytes=cache_bytes,
+                    token=token,
+                )
+                for name, cluster in legacy_tables(Path(where)).items()
+            }
+        )
+    cluster = cluster_at(where)
+    return RemoteCube(
+        cluster.shards, shard_rule=cluster.rule, options=cluster.options, cache_bytes=cache_bytes, token=token
+    )
+
+
+def token_in(path: str | None) -> str:
+    """The token in a file, empty for no file; raises BadConfig."""
+    if not path:
+        return ""
+    try:
+        token = Path(path).read_text().strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadConfig(path, getattr(error, "strerror", None) or error, "a file with a token") from error
+    if not token or not token.isascii() or not token.isprintable() or " " in token:
+        raise BadConfig(path, f"{len(token)} characters", "one word of printable ASCII")
+    return token
+
+
+def _alternatives(part: str) -> str:
+    """host:port|host:port as a list:// target."""
+    return "list://" + part.replace("|", ",") if "|" in part else part
+
+
+def _checked(place: str, cluster: Cluster) -> Cluster:
+    if not cluster.shards or not all(cluster.shards):
+        what = "no shards" if not cluster.shards else f"no address of shard {cluster.shards.index('')}"
+        raise BadConfig(place, what, "an address for each shard")
+    for target in cluster.shards:
+        Naming.parse(target)
+    return cluster
+
+
+class Cubes(Cube):
+    """Tables that are on servers of their own each, as one cube."""
+
+    def __init__(self, by_table: Mapping[str, Cube]):
+        self._by_table = dict(by_table)
+
+    def __str__(self) -> str:
+        return f"cubes of {len(self._by_table)} tables"
+
+    async def open(self, tables: Mapping[str, tuple[Version, int]], wait_s: float, absent_zeros: bool = True) -> None:
+        await asyncio.gather(
+            *(self._of(name).open({name: wanted}, wait_s, absent_zeros) for name, wanted in tables.items())
+        )
+
+    async def lookup(self, asks: Sequence[Ask], timeout_s: float, *, partial: bool = False) -> Answer:
+        cubes = [self._of(ask.table) for ask in asks]
+        answers = await asyncio.gather(
+            *(cube.lookup([ask], timeout_s, partial=partial) for cube, ask in zip(cubes, asks, strict=True))
+        )
+        unavailable = {shard: error for answer in answers for shard, error in answer.unavailable.items()}
+        return Answer([answer.tables[0] for answer in answers], unavailable)
+
+    async def close(self) -> None:
+        await asyncio.gather(*(cube.close() for cube in self._by_table.values()))
+
+    def _of(self, table: str) -> Cube:
+        cube = self._by_table.get(table)
+        if cube is None:
+            raise NotServed(f"table {table!r}", sorted(self._by_table))
+        return cube
+
+
+# ---- the ancestor's cube.conf ----
+
+
+class _Node(msgspec.Struct, forbid_unknown_fields=True):
+    ip: str | None = None
+    port: int | str | None = None
+    ipport_list: str | None = None
+
+
+class _Dict(msgspec.Struct, forbid_unknown_fields=True):
+    dict_name: str
+    shard: int
+    dup: int
+    timeout: int  # ms, of a call
+    retry: int
+    backup_request: int  # ms after which a second replica is asked too; 0: never
+    type: Literal["ipport", "ipport_list", "ipport_parallel"]
+    nodes: list[_Node]
+    load_balancer: str = "rr"
+
+
+_POLICIES = {
+    "rr": Policy.ROUND_ROBIN, "wrr": Policy.WEIGHTED, "random": Policy.ROUND_ROBIN, "wr": Policy.WEIGHTED,
+    "la": Policy.LEAST_LOADED, "c_murmurhash": Policy.CONSISTENT_HASH, "c_md5": Policy.CONSISTENT_HASH,
+    "c_ketama": Policy.CONSISTENT_HASH,
+}  # fmt: skip
+
+
+def legacy_tables(path: Path) -> dict[str, Cluster]:
+    """The tables of a cube.conf (`shared` facts: JSON array, an object per table) and where they are.
+
+    Its shards are chosen by key modulo their number. `dup` says nothing there either. What the ancestor's reader took
+    for granted is checked: as many nodes as shards, each of the table's type, no table twice. Raises BadConfig.
+    """
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise BadConfig(str(path), error.strerror or error, "a readable file") from error
+    try:
+        dicts = msgspec.json.decode(raw, type=list[_Dict])
+    except msgspec.MsgspecError as error:
+        raise BadConfig(str(path), error, "a JSON array with an object for each table") from error
+    if not dicts:
+        raise BadConfig(str(path), "no tables", "at least one")
+    tables: dict[str, Cluster] = {}
+    for number, one in enumerate(dicts):
+        place = f"{path} [{number}] {one.dict_name!r}"
+        if one.dict_name in tables:
+            raise BadConfig(place, "a table that was there before", "every table once")
+        tables[one.dict_name] = Cluster(_legacy_shards(place, one), ShardRule.MODULO, _legacy_options(place, one))
+    return tables
+
+
+def _legacy_shards(place: str, one: _Dict) -> tuple[str, ...]:
+    if one.shard < 1:
+        raise BadConfig(f"{place} shard", one.shard, "at least 1")
+    if one.type == "ipport_parallel" and one.shard > 1:
+        raise BadConfig(f"{place} type", "ipport_parallel", "ipport: a cube-server has one shard, so each has its own")
+    if len(one.nodes) != one.shard:
+        raise BadConfig(f"{place} nodes", f"{len(one.nodes)} nodes", f"{one.shard}: one for each shard")
+    shards = []
+    for number, node in enumerate(one.nodes):
+        at = f"{place} nodes[{number}]"
+        if one.type == "ipport_list":
+            if not (node.ipport_list or "").startswith("list://") or node.ip is not None or node.port is not None:
+                raise BadConfig(at, node, '{"ipport_list": "list://host:port,host:port"}')
+            shards.append(node.ipport_list or "")
+        else:
+            if not node.ip or node.port is None or node.ipport_list is not None:
+                raise BadConfig(at, node, '{"ip": ..., "port": ...}')
+            shards.append(f"{node.ip}:{node.port}")
+        try:
+            Naming.parse(shards[-1])
+        except BadConfig as error:
+            raise BadConfig(at, error.found, error.expected) from error
+    return tuple(shards)
+
+
+def _legacy_options(place: str, one: _Dict) -> Options:
+    for name, value in (("timeout", one.timeout), ("retry", one.retry), ("backup_request", one.backup_request)):
+        if value < (1 if name == "timeout" else 0):
+            raise BadConfig(f"{place} {name}", value, "a number of milliseconds" if name != "retry" else "0 or more")
+    policy = _POLICIES.get(one.load_balancer)
+    if policy is None:
+        raise BadConfig(f"{place} load_balancer", repr(one.load_balancer), ", ".join(_POLICIES))
+    if not one.backup_request:
+        return Options(policy=policy, retries=one.retry)
+    after_s = one.backup_request / 1e3
+    return Options(policy=policy, retries=one.retry, hedge=0.95, hedge_floor_s=after_s, hedge_ceiling_s=after_s)
