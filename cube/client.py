@@ -25,7 +25,7 @@ from cube.kernels import U, kernel, mix, warm
 from cube.keys import ShardRule, shards_of
 from cube.pb import cube_pb2 as pb
 from cube.rpc.balancer import Balancer
-from cube.rpc.calls import Buffer, parse
+from cube.rpc.calls import Buffer, Field, parse
 from cube.rpc.routing import Options
 from cube.service import KEYS_ON_LOOP, LOOKUP, LOOKUP_REPLY, STATUS, is_short
 from cube.storage.index import KERNELS as INDEX_KERNELS
@@ -173,18 +173,18 @@ class RemoteCube(Cube):
         shard_rule: ShardRule = ShardRule.MIX,
         options: Options | None = None,
         cache_bytes: int = 0,
-        token: str = "",
+        metadata: Sequence[Field] = (),
         tls: ssl.SSLContext | None = None,
     ):
         """shards: where the replicas of each shard are, in order of shard; see cube.rpc.naming for the forms.
 
         shard_rule: which shard has which key, as the servers' files say. cache_bytes: memory for rows that are asked
-        for often; 0 for no cache. token: what the servers demand to see.
+        for often; 0 for no cache. metadata: sent with every call, such as a token.
         """
         self._targets = list(shards)
         self._balancers = [Balancer(target, options, tls=tls) for target in shards]
         self._rule = shard_rule
-        self._metadata = (("authorization", f"Bearer {token}"),) if token else ()
+        self._metadata = tuple(metadata)
         self._cache = RowCache(cache_bytes) if cache_bytes else None
         self._known: _Known | None = None
         self._learning: asyncio.Task[_Known] | None = None

@@ -8,6 +8,7 @@ cube-data/                                      the files themselves, opened in 
 """
 
 import asyncio
+import ssl
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -19,6 +20,7 @@ from cube.config import read
 from cube.errors import BadConfig, NotServed
 from cube.keys import ShardRule
 from cube.pb.cube_config_pb2 import CubeConfig
+from cube.rpc.channel import tls_context
 from cube.rpc.naming import Naming
 from cube.rpc.routing import Options, Policy
 from cube.version import Version
@@ -42,40 +44,71 @@ def cluster_at(where: str) -> Cluster:
     return _checked("cube", Cluster(tuple(shards), ShardRule.MIX, Options()))
 
 
-def open_cube(where: str, *, token: str = "", cache_bytes: int = 0) -> Cube:
-    """The cube that a text names: see above. Raises BadConfig, DataCorrupt."""
+class Access(NamedTuple):
+    """How servers are spoken to."""
+
+    token: str = ""  # what they demand to see
+    tls: ssl.SSLContext | None = None
+
+    @property
+    def metadata(self) -> tuple[tuple[str, str], ...]:
+        """To send with every call."""
+        return (("authorization", f"Bearer {self.token}"),) if self.token else ()
+
+    @classmethod
+    def of(cls, token_file: str = "", ca: str = "", certificate: str = "", key: str = "") -> "Access":
+        """From files, none of which has to be; raises BadConfig.
+
+        token_file: its first line counts. ca: PEM of whom to trust, or "system"; this or a certificate turns TLS on.
+        """
+        tls = None
+        if ca or certificate:
+            try:
+                tls = tls_context(None if ca in ("", "system") else ca, certificate or None, key or None)
+            except OSError as error:  # ssl.SSLError is one
+                place = ", ".join(filter(None, (ca, certificate, key)))
+                raise BadConfig(place, error.strerror or error, "PEM files") from error
+        elif key:
+            raise BadConfig(key, "a key without a certificate", "both, or neither")
+        return cls(_token_in(token_file) if token_file else "", tls)
+
+
+def _token_in(path: str) -> str:
+    try:
+        lines = Path(path).read_text().split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadConfig(path, getattr(error, "strerror", None) or error, "a file with a token") from error
+    token = lines[0].strip()
+    if not token or not token.isascii() or not token.isprintable() or " " in token:
+        raise BadConfig(path, f"{len(token)} characters", "one word of printable ASCII in the first line")
+    return token
+
+
+OPEN = Access()  # servers that demand nothing
+
+
+def open_cube(where: str, access: Access = OPEN, *, cache_bytes: int = 0) -> Cube:
+    """The cube that a text names: see above. Raises BadConfig, DataCorrupt.
+
+    cache_bytes: memory for rows of servers that are asked for often; 0 for no cache.
+    """
     if Path(where).is_dir():
         return LocalCube(Path(where))
     if where.endswith((".conf", ".json")):
-        return Cubes(
-            {
-                name: RemoteCube(
-                    cluster.shards,
-                    shard_rule=cluster.rule,
-                    options=cluster.options,
-                    cache_bytes=cache_bytes,
-                    token=token,
-                )
-                for name, cluster in legacy_tables(Path(where)).items()
-            }
-        )
-    cluster = cluster_at(where)
+        tables = legacy_tables(Path(where))
+        return Cubes({name: _remote(cluster, access, cache_bytes) for name, cluster in tables.items()})
+    return _remote(cluster_at(where), access, cache_bytes)
+
+
+def _remote(cluster: Cluster, access: Access, cache_bytes: int) -> RemoteCube:
     return RemoteCube(
-        cluster.shards, shard_rule=cluster.rule, options=cluster.options, cache_bytes=cache_bytes, token=token
+        cluster.shards,
+        shard_rule=cluster.rule,
+        options=cluster.options,
+        cache_bytes=cache_bytes,
+        metadata=access.metadata,
+        tls=access.tls,
     )
-
-
-def token_in(path: str | None) -> str:
-    """The token in a file, empty for no file; raises BadConfig."""
-    if not path:
-        return ""
-    try:
-        token = Path(path).read_text().strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadConfig(path, getattr(error, "strerror", None) or error, "a file with a token") from error
-    if not token or not token.isascii() or not token.isprintable() or " " in token:
-        raise BadConfig(path, f"{len(token)} characters", "one word of printable ASCII")
-    return token
 
 
 def _alternatives(part: str) -> str:

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from cube.cli import DEFAULT_CONF, guarded, positive
 from cube.client import Ask, Cube, RemoteCube
-from cube.cluster import Cluster, cluster_at, open_cube, token_in
+from cube.cluster import Access, Cluster, cluster_at, open_cube
 from cube.errors import BadConfig, DataCorrupt, ServingError
 from cube.pb import cube_pb2 as pb
 from cube.rpc.calls import parse
@@ -59,7 +59,10 @@ def _parser() -> argparse.ArgumentParser:
             f"replicas of a shard by | (default: {DEFAULT_CONF})",
         )  # fmt: skip
         where.add_argument("--server", metavar="HOST:PORT", help="one server instead")
-        made.add_argument("--token-file", metavar="FILE", help="what the servers demand to see")
+        made.add_argument("--token-file", default="", metavar="FILE", help="what the servers demand to see")
+        made.add_argument("--tls-ca", default="", metavar="FILE", help="whom to trust, PEM, or system; turns TLS on")
+        made.add_argument("--tls-cert", default="", metavar="FILE", help="certificate to show to servers that ask, PEM")
+        made.add_argument("--tls-key", default="", metavar="FILE", help="its key, PEM")
         return made
 
     verb("status", "the servers: which shard, since when, how much they were asked")
@@ -104,9 +107,8 @@ class _Told(NamedTuple):
     problem: str
 
 
-def _metadata(args: argparse.Namespace) -> tuple[tuple[str, str], ...]:
-    token = token_in(args.token_file)
-    return (("authorization", f"Bearer {token}"),) if token else ()
+def _access(args: argparse.Namespace) -> Access:
+    return Access.of(args.token_file, args.tls_ca, args.tls_cert, args.tls_key)
 
 
 def _cluster(args: argparse.Namespace) -> Cluster:
@@ -125,12 +127,12 @@ async def _tell(
     args: argparse.Namespace, servers: Sequence[_Server], path: str, message: bytes, timeout_s: float
 ) -> list[_Told]:
     """Ask every server the same at the same time. Their replies are StatusReplies, or nothing."""
-    metadata = _metadata(args)
+    access = _access(args)
 
     async def one(server: _Server) -> _Told:
-        async with Channel(server.target) as channel:
+        async with Channel(server.target, tls=access.tls) as channel:
             try:
-                reply = await channel.call(path, message, timeout_s, metadata=metadata)
+                reply = await channel.call(path, message, timeout_s, metadata=access.metadata)
                 return _Told(server, parse(pb.StatusReply, reply), "")
             except ServingError as error:
                 return _Told(server, None, str(error))
@@ -198,7 +200,7 @@ def _tables(args: argparse.Namespace) -> int:
 def _cube(args: argparse.Namespace) -> Cube:
     if args.server:
         raise BadConfig("--server", args.server, "--cube: keys are spread over the shards of a whole cube")
-    return open_cube(args.cube or str(DEFAULT_CONF), token=token_in(args.token_file))
+    return open_cube(args.cube or str(DEFAULT_CONF), _access(args))
 
 
 def _lookup(args: argparse.Namespace) -> int:
@@ -286,12 +288,12 @@ async def _some_keys(args: argparse.Namespace, cube: Cube) -> NDArray[np.uint64]
     """Keys that the table has: from the beginning of each shard's scan."""
     if not isinstance(cube, RemoteCube):
         raise BadConfig("--cube", args.cube, "servers: there is nothing to time in files")
-    metadata, parts = _metadata(args), []
+    access, parts = _access(args), []
     for target in _cluster(args).shards:
         place = (await Naming.parse(target).first())[0]
-        async with Channel(place.target) as channel:
+        async with Channel(place.target, tls=access.tls) as channel:
             stream = await channel.stream(
-                SCAN, pb.ScanRequest(table=args.table).SerializeToString(), ASK_S, metadata=metadata
+                SCAN, pb.ScanRequest(table=args.table).SerializeToString(), ASK_S, metadata=access.metadata
             )
             left = SAMPLED_KEYS // cube.shards
             async for message in stream:

@@ -42,6 +42,13 @@ def server(argv: Sequence[str] | None = None) -> int:
         "--cube-token-file", metavar="FILE", help="what the cube's servers demand to see (default: nothing)"
     )
     parser.add_argument(
+        "--cube-tls-ca", metavar="FILE", help="whom to trust of them, PEM, or system; turns TLS on (default: no TLS)"
+    )
+    parser.add_argument(
+        "--cube-tls-cert", metavar="FILE", help="certificate to show to those that ask, PEM (default: none)"
+    )
+    parser.add_argument("--cube-tls-key", metavar="FILE", help="its key, PEM (default: none)")
+    parser.add_argument(
         "--cube-cache-mb", type=positive, metavar="MB",
         help="memory for rows of a remote cube that are asked for often (default: no cache)",
     )  # fmt: skip

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from pathlib import Path
 
-from cube.cluster import open_cube, token_in
+from cube.cluster import Access, open_cube
 from cube.errors import BadConfig
 from cube.rpc.process import DOORS, Process, run
 from predictor import models
@@ -68,8 +68,8 @@ async def _models(config: PredictorConfig) -> AsyncIterator[list[models.Model]]:
     """The models that `config` names, loaded; released when the block ends."""
     cube = None
     if config.cube:
-        token = token_in(config.cube_token_file)
-        cube = open_cube(config.cube, token=token, cache_bytes=config.cube_cache_mb << 20)
+        tls = config.cube_tls_ca, config.cube_tls_cert, config.cube_tls_key
+        cube = open_cube(config.cube, Access.of(config.cube_token_file, *tls), cache_bytes=config.cube_cache_mb << 20)
     loaded: list[models.Model] = []
     threads = ThreadPoolExecutor(config.compute_threads, COMPUTE)
     settings = models.Settings(

@@ -106,7 +106,7 @@ def test_no_module_has_a_name_that_says_nothing():
 
 
 @pytest.mark.parametrize(
-    "module", ["cube.cli", "cube.server", "predictor.client", "predictor.client.cli", "predictor.cli"]
+    "module", ["cube.cli", "cube.ctl", "cube.server", "predictor.client", "predictor.client.cli", "predictor.cli"]
 )
 def test_servers_of_rows_and_clients_never_load_torch(module):
     code = f"import {module}, sys; sys.exit('torch' in sys.modules)"

@@ -35,11 +35,14 @@ from cube.rpc.routing import (
     HedgeDelay,
     Options,
     Outcome,
+    Policy,
     Replica,
     Replicas,
     RetryBudget,
     attempt_timeout,
 )  # fmt: skip
+
+__all__ = ["Balancer", "Counters", "Options", "Policy", "ReplicaFacts"]
 
 MOST_PAUSE_S = 0.25  # between two looks of a call that waits for a server to be ready
 
@@ -320,7 +323,11 @@ class Balancer:
     def _again(self, call: "_Call", replica: Replica, error: ServingError) -> tuple[float, Replica | None]:
         """After a failure: seconds to wait, and the replica then (None: whichever). Raises what is the call's error."""
         now = monotonic()
-        if self._closing.is_set() or now >= call.deadline:
+        if self._closing.is_set():
+            raise error
+        if now >= call.deadline:
+            if call.wait_for_ready and error.never_processed and not isinstance(error, DeadlineExceeded):
+                raise _too_late(f"{call.path}: no replica within the deadline ({error})") from error
             raise error
         outcome, part_s = call.failures[replica]
         final = error
@@ -369,9 +376,7 @@ class Balancer:
                 raise self._is_closed()
             left_s = deadline - monotonic()
             if left_s <= 0:
-                late = DeadlineExceeded(f"{self._naming.text}: no endpoint within the deadline ({why})")
-                late.never_processed = True
-                raise late
+                raise _too_late(f"{self._naming.text}: no endpoint within the deadline ({why})")
             if self._learning is None:
                 self._learning = loop.create_task(self._first())
             learning = self._learning
@@ -535,6 +540,13 @@ class _Hedge:
             self.has_won = True
             if not self.is_alone:
                 self._caller.cancel()
+
+
+def _too_late(text: str) -> DeadlineExceeded:
+    """For a call that was never sent."""
+    late = DeadlineExceeded(text)
+    late.never_processed = True
+    return late
 
 
 def _outcome(error: ServingError, is_connected: bool) -> Outcome:

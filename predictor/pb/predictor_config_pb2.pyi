@@ -7,7 +7,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class PredictorConfig(_message.Message):
-    __slots__ = ("model", "listen", "cube", "max_samples", "cube_wait_s", "cube_timeout_ms", "compute_threads", "max_keys", "grpc", "cube_token_file", "cube_cache_mb")
+    __slots__ = ("model", "listen", "cube", "max_samples", "cube_wait_s", "cube_timeout_ms", "compute_threads", "max_keys", "grpc", "cube_token_file", "cube_cache_mb", "cube_tls_ca", "cube_tls_cert", "cube_tls_key")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     LISTEN_FIELD_NUMBER: _ClassVar[int]
     CUBE_FIELD_NUMBER: _ClassVar[int]
@@ -19,6 +19,9 @@ class PredictorConfig(_message.Message):
     GRPC_FIELD_NUMBER: _ClassVar[int]
     CUBE_TOKEN_FILE_FIELD_NUMBER: _ClassVar[int]
     CUBE_CACHE_MB_FIELD_NUMBER: _ClassVar[int]
+    CUBE_TLS_CA_FIELD_NUMBER: _ClassVar[int]
+    CUBE_TLS_CERT_FIELD_NUMBER: _ClassVar[int]
+    CUBE_TLS_KEY_FIELD_NUMBER: _ClassVar[int]
     model: _containers.RepeatedScalarFieldContainer[str]
     listen: str
     cube: str
@@ -30,7 +33,10 @@ class PredictorConfig(_message.Message):
     grpc: str
     cube_token_file: str
     cube_cache_mb: int
-    def __init__(self, model: _Optional[_Iterable[str]] = ..., listen: _Optional[str] = ..., cube: _Optional[str] = ..., max_samples: _Optional[int] = ..., cube_wait_s: _Optional[int] = ..., cube_timeout_ms: _Optional[int] = ..., compute_threads: _Optional[int] = ..., max_keys: _Optional[int] = ..., grpc: _Optional[str] = ..., cube_token_file: _Optional[str] = ..., cube_cache_mb: _Optional[int] = ...) -> None: ...
+    cube_tls_ca: str
+    cube_tls_cert: str
+    cube_tls_key: str
+    def __init__(self, model: _Optional[_Iterable[str]] = ..., listen: _Optional[str] = ..., cube: _Optional[str] = ..., max_samples: _Optional[int] = ..., cube_wait_s: _Optional[int] = ..., cube_timeout_ms: _Optional[int] = ..., compute_threads: _Optional[int] = ..., max_keys: _Optional[int] = ..., grpc: _Optional[str] = ..., cube_token_file: _Optional[str] = ..., cube_cache_mb: _Optional[int] = ..., cube_tls_ca: _Optional[str] = ..., cube_tls_cert: _Optional[str] = ..., cube_tls_key: _Optional[str] = ...) -> None: ...
 
 class ClientConfig(_message.Message):
     __slots__ = ("target", "model", "data", "batch", "concurrency", "timeout_ms")

@@ -5,11 +5,12 @@ import json
 
 import numpy as np
 import pytest
+from certificates import Authority
 from stores import built
 
 from cube.client import Ask, LocalCube, RemoteCube
-from cube.cluster import Cubes, cluster_at, legacy_tables, open_cube, token_in
-from cube.errors import BadConfig, NotServed
+from cube.cluster import Access, Cubes, cluster_at, legacy_tables, open_cube
+from cube.errors import BadConfig, NotServed, ShardUnavailable
 from cube.keys import ShardRule
 from cube.rpc.routing import Policy
 from cube.version import Version
@@ -176,14 +177,44 @@ def test_servers_that_shard_by_another_rule_are_refused(tmp_path, server):
         asyncio.run(work())
 
 
-@pytest.mark.parametrize("content", ["", "  \n", "two words", "tab\tbed", "ümlaut"])
+@pytest.mark.parametrize("content", ["", "  \n", "two words", "tab\tbed", "ümlaut", "\nlater"])
 def test_a_token_is_one_printable_word(tmp_path, content):
     path = tmp_path / "token"
     path.write_text(content)
-    with pytest.raises(BadConfig, match="expected one word of printable ASCII"):
-        token_in(str(path))
-    path.write_text("secret\n")
-    assert token_in(str(path)) == "secret"
-    assert token_in(None) == ""
+    with pytest.raises(BadConfig, match="expected one word of printable ASCII in the first line"):
+        Access.of(str(path))
+    path.write_text("secret\nolder\n")
+    assert Access.of(str(path)).metadata == (("authorization", "Bearer secret"),)
+    assert Access.of() == Access("", None)
     with pytest.raises(BadConfig, match="expected a file with a token"):
-        token_in(str(tmp_path / "none"))
+        Access.of(str(tmp_path / "none"))
+
+
+def test_a_cube_is_reached_through_tls_by_who_trusts_it_and_has_a_certificate(tmp_path, server, command):
+    built(tmp_path / "data", "t", Version(1), KEYS, ROWS, shards=1)
+    authority = Authority(tmp_path / "pem")
+    certificate, key = authority.issue("server")
+    mine, mine_key = authority.issue("client", "client")
+    roots = str(authority.roots)
+    address = server(
+        "cube-server", "--shard", 0, "--shards", 1, "--data", tmp_path / "data", "--tls-cert", certificate,
+        "--tls-key", key, "--tls-client-ca", roots,
+    )  # fmt: skip
+
+    async def ask(access):
+        async with open_cube(address, access) as cube:
+            await cube.open({"t": (Version(1), 3)}, wait_s=1)
+            return await cube.gather("t", None, KEYS, 5)
+
+    rows = asyncio.run(ask(Access.of("", roots, str(mine), str(mine_key))))
+    assert np.array_equal(rows.rows, ROWS)
+    for access in (Access(), Access.of("", roots), Access.of("", "system")):
+        with pytest.raises(ShardUnavailable):
+            asyncio.run(ask(access))
+    asked = ("cube-ctl", "tables", "--server", address, "--tls-ca", roots)
+    assert command(*asked, "--tls-cert", mine, "--tls-key", mine_key).returncode == 0
+    assert command(*asked).returncode == 1
+    with pytest.raises(BadConfig, match="expected PEM files"):
+        Access.of("", str(tmp_path / "none.pem"))
+    with pytest.raises(BadConfig, match="a key without a certificate"):
+        Access.of("", "", "", str(key))

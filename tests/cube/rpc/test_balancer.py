@@ -471,6 +471,45 @@ def test_one_replica_that_restarts():
     run(work)
 
 
+def test_a_rolling_restart_under_load():
+    """Servers that say goodbye fail nothing, be it idempotent or not."""
+
+    async def work():
+        addresses = [free_port(), free_port()]
+        servers = []
+
+        async def start(number):
+            servers[number:] = [Server(lambda message: message), *servers[number + 1 :]]
+            await servers[number].listener.start(addresses[number])
+
+        for number in (0, 1):
+            await start(number)
+        stop, answers = asyncio.Event(), 0
+        async with Balancer(addresses, Options(policy=IN_TURN, eject_s=0.05)) as balancer:
+
+            async def caller(idempotent):
+                nonlocal answers
+                while not stop.is_set():
+                    assert await balancer.call(ASK, b"x", 5, idempotent=idempotent) == b"x"
+                    answers += 1
+
+            async with asyncio.TaskGroup() as group:
+                for number in range(16):
+                    group.create_task(caller(number % 2 == 0))
+                for number in (0, 1, 0):
+                    await until(lambda: min(server.asked for server in servers) > 50)
+                    await servers[number].listener.drain(5)
+                    had = answers
+                    await until(lambda had=had: answers > had + 100)
+                    await start(number)
+                await until(lambda: min(server.asked for server in servers) > 50)
+                stop.set()
+        for server in servers:
+            await server.listener.drain(0)
+
+    run(work)
+
+
 # ---- lists that change ----
 
 
@@ -648,7 +687,7 @@ def test_one_fails_and_the_other_answers(run_each, failing):
     run_each(work)
 
 
-@pytest.mark.parametrize("when", ["before the hedge", "both are asked", "the first has failed"])
+@pytest.mark.parametrize("when", ["no hedge", "before the hedge", "both are asked", "the first has failed"])
 def test_a_cancelled_call_leaves_nothing_running(run_each, when):
     async def work():
         asked = 0
@@ -663,12 +702,13 @@ def test_a_cancelled_call_leaves_nothing_running(run_each, when):
 
         async with serving(None, None) as servers:
             floor_s = 10 if when == "before the hedge" else 0.005
-            async with hedging(servers, hedge_floor_s=floor_s, hedge_ceiling_s=10) as balancer:
+            hedge = None if when == "no hedge" else 0.95
+            async with hedging(servers, hedge=hedge, hedge_floor_s=floor_s, hedge_ceiling_s=10) as balancer:
                 await warm(balancer)
                 for server in servers:
                     server.answer = answer
                 call = asyncio.create_task(balancer.call(ASK, b"", None))
-                await until(lambda: asked == (1 if when == "before the hedge" else 2))
+                await until(lambda: asked == (1 if when in ("no hedge", "before the hedge") else 2))
                 if when == "the first has failed":
                     await until(lambda: sum(server.running for server in servers) == 1)
                     await asyncio.sleep(0.02)
