@@ -306,20 +306,17 @@ class RemoteCube(Cube):
         self, busy: Sequence[int], parts: "Sequence[_Part]", timeout_s: float, partial: bool
     ) -> dict[int, ShardUnavailable]:
         """Ask the shards; which of them did not answer. Raises the first error that is not `partial`."""
-        if len(busy) == 1:
-            try:
-                await self._ask(busy[0], parts, timeout_s)
-            except ShardUnavailable as error:
-                if not partial:
-                    raise
-                return {busy[0]: error}
+        if not busy:
             return {}
-        tasks = [asyncio.ensure_future(self._ask(shard, parts, timeout_s)) for shard in busy]
+        # The first one is asked by the caller's own task, which saves one; the others are asked once it waits.
+        tasks = [asyncio.ensure_future(self._ask(shard, parts, timeout_s)) for shard in busy[1:]]
+        for task in tasks:
+            task.add_done_callback(_look)
         failed: dict[int, ShardUnavailable] = {}
         try:
-            for shard, task in zip(busy, tasks, strict=True):
+            for shard, answer in zip(busy, (self._ask(busy[0], parts, timeout_s), *tasks), strict=True):
                 try:
-                    await task
+                    await answer
                 except ShardUnavailable as error:
                     if not partial:
                         raise
@@ -413,7 +410,7 @@ class _Part:
             made.rows[at], made.found[at] = 0, False
             unavailable = marks[self._place]
         if self.distinct.size == self.ask.keys.size:  # then nothing has changed its place
-            return made._replace(unavailable=unavailable)
+            return Rows(made.rows, made.found, made.version, unavailable)
         return Rows(made.rows[self._place], made.found[self._place], made.version, unavailable)
 
 
@@ -477,8 +474,8 @@ async def _aside(many: bool, work: Callable[..., T], *args: Any) -> T:
     return await asyncio.to_thread(work, *args) if many else work(*args)
 
 
-def _look(task: "asyncio.Task[_Known]") -> None:
-    """Nobody may be waiting for it: then its error is of no interest, the next lookup tries again."""
+def _look(task: "asyncio.Task[Any]") -> None:
+    """Nobody may be waiting for it any more: then its error is of no interest."""
     if not task.cancelled():
         task.exception()
 
