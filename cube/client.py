@@ -160,7 +160,7 @@ class _Known(NamedTuple):
 
     dims: dict[str, dict[Version, int]]  # of tables and versions that every shard has
     current: dict[str, Version]
-    at: float  # loop time
+    at: float  # loop time at which the servers were asked
 
 
 class RemoteCube(Cube):
@@ -207,12 +207,13 @@ class RemoteCube(Cube):
         return None if self._cache is None else self._cache.stats()
 
     async def open(self, tables: Mapping[str, tuple[Version, int]], wait_s: float, absent_zeros: bool = True) -> None:
+        at = asyncio.get_running_loop().time()
         statuses = await self._statuses(wait_s)
         for shard, status in enumerate(statuses):
             there = {t.table: {_version(v.version): (v.dim, v.default_row) for v in t.versions} for t in status.tables}
             _check(tables, there, f"cube shard {shard} at {self._targets[shard]}", absent_zeros)
         await asyncio.to_thread(warm, KERNELS, _touch, log.info)
-        self._learn(statuses)
+        self._learn(statuses, at)
 
     async def status(self, shard: int, wait_s: float) -> pb.StatusReply:
         """What a shard's server says of itself, waiting up to `wait_s` for it to be there."""
@@ -221,19 +222,35 @@ class RemoteCube(Cube):
 
     async def lookup(self, asks: Sequence[Ask], timeout_s: float, *, partial: bool = False) -> Answer:
         loop = asyncio.get_running_loop()
-        deadline = loop.time() + timeout_s
-        known = self._known
-        if known is None or (loop.time() - known.at > REFRESH_S and any(ask.version is None for ask in asks)):
-            known = await self._refreshed(known, timeout_s)
+        began, known = loop.time(), self._known
+        deadline = began + timeout_s
+        if known is None:
+            known = await self._learnt(timeout_s)
+        elif began - known.at > REFRESH_S and any(ask.version is None for ask in asks):
+            self._begin_learning(timeout_s)
+        try:
+            return await self._lookup(asks, known, deadline, partial)
+        except NotServed:
+            if known.at >= began:
+                raise
+        # It may be that the servers have loaded, switched or unloaded a version since we asked them.
+        failed_at = loop.time()
+        known = await self._learnt(deadline - failed_at)
+        if known.at < failed_at:  # they were being asked already, perhaps too early
+            known = await self._learnt(deadline - loop.time())
+        return await self._lookup(asks, known, deadline, partial)
+
+    async def _lookup(self, asks: Sequence[Ask], known: _Known, deadline: float, partial: bool) -> Answer:
         many = sum(ask.keys.size for ask in asks) > KEYS_ON_LOOP
-        parts = [_Part(ask, *self._resolve(ask, known)) for ask in asks]
+        parts = [_Part(ask, *_resolved(ask, known)) for ask in asks]
         for part in parts:
             await _aside(many, part.find_distinct)
             if self._cache is not None:
                 part.ask_cache(self._cache)
             await _aside(many, part.split, self.shards, self._rule)
         busy = [shard for shard in range(self.shards) if any(part.shards[shard].size for part in parts)]
-        failed = await self._ask_all(busy, parts, deadline - loop.time(), partial)
+        left_s = deadline - asyncio.get_running_loop().time()
+        failed = await self._ask_all(busy, parts, left_s, partial)
         for part in parts:
             if self._cache is not None:
                 part.tell_cache(self._cache, failed)
@@ -258,8 +275,8 @@ class RemoteCube(Cube):
                 raise BadConfig(place, f"shard rule {status.shard_rule!r}", f"{self._rule.text!r}")
         return statuses
 
-    def _learn(self, statuses: Sequence[pb.StatusReply]) -> _Known:
-        """What they have in common."""
+    def _learn(self, statuses: Sequence[pb.StatusReply], at: float) -> _Known:
+        """What they have in common; at: when they were asked."""
         dims: dict[str, dict[Version, int]] = {}
         current: dict[str, Version] = {}
         for table in statuses[0].tables:
@@ -276,29 +293,23 @@ class RemoteCube(Cube):
             for name, versions in self._known.dims.items():
                 for version in versions.keys() - dims.get(name, {}).keys():
                     self._cache.retire(name, version)
-        self._known = _Known(dims, current, asyncio.get_running_loop().time())
+        self._known = _Known(dims, current, at)
         return self._known
 
-    async def _refreshed(self, known: _Known | None, timeout_s: float) -> _Known:
-        """What is known, learnt anew: waited for if nothing was known, else beside the calls."""
+    def _begin_learning(self, timeout_s: float) -> "asyncio.Task[_Known]":
+        """Ask the servers what they have, unless that is being done."""
         if self._learning is None or self._learning.done():
             self._learning = asyncio.get_running_loop().create_task(self._learn_anew(timeout_s))
             self._learning.add_done_callback(_look)
-        return await asyncio.shield(self._learning) if known is None else known
+        return self._learning
+
+    async def _learnt(self, timeout_s: float) -> _Known:
+        """What they have now."""
+        return await asyncio.shield(self._begin_learning(timeout_s))
 
     async def _learn_anew(self, timeout_s: float) -> _Known:
-        return self._learn(await self._statuses(timeout_s))
-
-    def _resolve(self, ask: Ask, known: _Known) -> tuple[Version, int]:
-        """The version that is read, and its dim. Raises NotServed."""
-        dims = known.dims.get(ask.table)
-        if dims is None:
-            raise NotServed(f"table {ask.table!r}", sorted(known.dims))
-        version = ask.version or known.current.get(ask.table)
-        if version is None or version not in dims:
-            what = f"table {ask.table!r} version {version or 'current'}"
-            raise NotServed(what, [str(v) for v in sorted(dims, reverse=True)])
-        return version, dims[version]
+        at = asyncio.get_running_loop().time()
+        return self._learn(await self._statuses(timeout_s), at)
 
     # ---- asking ----
 
@@ -356,6 +367,18 @@ class RemoteCube(Cube):
             return await self._balancers[shard].call(path, message, timeout_s, wait_for_ready, metadata=self._metadata)
         except (Unavailable, DeadlineExceeded) as error:
             raise ShardUnavailable(shard, self._targets[shard], error) from error
+
+
+def _resolved(ask: Ask, known: _Known) -> tuple[Version, int]:
+    """The version that is read, and its dim. Raises NotServed."""
+    dims = known.dims.get(ask.table)
+    if dims is None:
+        raise NotServed(f"table {ask.table!r}", sorted(known.dims))
+    version = ask.version or known.current.get(ask.table)
+    if version is None or version not in dims:
+        what = f"table {ask.table!r} version {version or 'current'}"
+        raise NotServed(what, [str(v) for v in sorted(dims, reverse=True)])
+    return version, dims[version]
 
 
 class _Part:

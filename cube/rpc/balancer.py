@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 
 from cube.errors import BadConfig, DeadlineExceeded, Overloaded, ServingError, Unavailable
 from cube.rpc.calls import Buffer, Field, Reply
-from cube.rpc.channel import Channel, _Link, backoff_s
+from cube.rpc.channel import Channel, backoff_s
 from cube.rpc.limits import Limits
 from cube.rpc.naming import Naming
 from cube.rpc.routing import (
@@ -94,7 +94,7 @@ class Balancer:
         self._limits, self._keepalive_s = limits, keepalive_s
         self._replicas = Replicas(self.options, random.Random())  # noqa: S311
         self._replicas.update(self._naming.known)
-        self._channels: dict[Replica, _ReplicaChannel] = {}
+        self._channels: dict[Replica, Channel] = {}
         self._budget = RetryBudget(self.options.retry_ratio, self.options.retry_saved)
         self._cap = HedgeCap(self.options.hedge_share)
         self._delay: HedgeDelay | None = None
@@ -236,7 +236,7 @@ class Balancer:
         part_s: float | None,
         began: float,
         error: BaseException,
-        channel: "_ReplicaChannel",
+        channel: Channel,
     ) -> None:
         """Note how an attempt has ended that gave no answer."""
         now = monotonic()
@@ -405,10 +405,10 @@ class Balancer:
             for replica in self._replicas.update(places):
                 self._retire(replica)
 
-    def _open(self, replica: Replica) -> "_ReplicaChannel":
+    def _open(self, replica: Replica) -> Channel:
         if self._closing.is_set():
             raise self._is_closed()
-        channel = self._channels[replica] = _ReplicaChannel(
+        channel = self._channels[replica] = Channel(
             replica.target,
             tls=self._tls,
             authority=self._authority,
@@ -432,22 +432,6 @@ class Balancer:
         closed = Unavailable(f"the balancer of {self._naming.text} is closed")
         closed.never_processed = True
         return closed
-
-
-class _ReplicaChannel(Channel):
-    """A channel that also says what could not be sent at all."""
-
-    @property
-    def is_connected(self) -> bool:
-        """Whether there is a connection."""
-        return self._link is not None
-
-    async def _ready(self, deadline: float | None, wait: bool) -> _Link:
-        try:
-            return await super()._ready(deadline, wait)
-        except ServingError as error:
-            error.never_processed = True  # nothing is sent before this has returned
-            raise
 
 
 class _Failure(NamedTuple):

@@ -58,7 +58,7 @@ class Endpoint(NamedTuple):
             return cls(text, "", 0, text[5:])
         host, _, port = text.rpartition(":")
         host = host.removeprefix("[").removesuffix("]") if host.startswith("[") else host
-        if not host or not port.isdigit() or not 0 < int(port) < 65536:
+        if not host or not (port.isascii() and port.isdigit()) or not 0 < int(port) < 65536:
             raise BadConfig("endpoint", repr(text), "host:port, [IPv6]:port or unix:/path")
         try:
             host.encode("idna")  # as the resolver will: labels may be empty, or too long
@@ -195,6 +195,11 @@ class Channel:
             stream.timer = loop.call_at(deadline, self._expire, link, stream.call, path)
         return stream
 
+    @property
+    def is_connected(self) -> bool:
+        """Whether there is a connection now."""
+        return self._link is not None
+
     async def close(self) -> None:
         """Give up calls in flight, and those that wait for a connection, and disconnect. All get UNAVAILABLE."""
         self._closed = True
@@ -292,16 +297,18 @@ class Channel:
     # ---- connections ----
 
     async def _ready(self, deadline: float | None, wait: bool) -> "_Link":
-        """A connection on which a call can start, if it does so at once. Raises Unavailable, DeadlineExceeded."""
+        """A connection on which a call can start, if it does so at once. Raises Unavailable, DeadlineExceeded.
+
+        Both as never processed: nothing has been sent.
+        """
         loop = asyncio.get_running_loop()
         while True:
             if self._closed:
                 raise self._is_closed()
             left = None if deadline is None else deadline - loop.time()
             if left is not None and left <= 0:
-                raise from_wire(
-                    "DEADLINE_EXCEEDED", f"no connection within the deadline: {self._why or 'none yet'} [{self.target}]"
-                )
+                why = f"no connection within the deadline: {self._why or 'none yet'} [{self.target}]"
+                raise from_wire("DEADLINE_EXCEEDED", why, never_processed=True)
             link = self._link
             if link is not None and not link.calls.http2.is_going_away:
                 if link.calls.can_start and not link.queued:
@@ -315,16 +322,16 @@ class Channel:
             if self._connecting is None:
                 pause = self._not_before - loop.time()
                 if pause > 0 and not wait:
-                    raise from_wire("UNAVAILABLE", f"{self._why} [{self.target}]")
+                    raise from_wire("UNAVAILABLE", f"{self._why} [{self.target}]", never_processed=True)
                 self._connecting = loop.create_task(self._connect(max(pause, 0)))
             attempt = self._connecting
             # Not awaited itself: it is everybody's, and its end (by close(), too) must not cancel who waits for it.
             await asyncio.wait((attempt,), timeout=left)
             if attempt.done() and not self._closed and not wait and (attempt.cancelled() or not attempt.result()):
-                raise from_wire("UNAVAILABLE", f"{self._why} [{self.target}]")
+                raise from_wire("UNAVAILABLE", f"{self._why} [{self.target}]", never_processed=True)
 
     def _is_closed(self) -> ServingError:
-        return from_wire("UNAVAILABLE", f"the channel to {self.target} is closed")
+        return from_wire("UNAVAILABLE", f"the channel to {self.target} is closed", never_processed=True)
 
     async def _connect(self, pause: float) -> bool:
         """Try to make a connection; whether there is one."""

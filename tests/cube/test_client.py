@@ -332,3 +332,51 @@ def test_threads_ask_through_a_blocking_cube(data, shards):
     cube.close()
     with pytest.raises(BadConfig, match="row cache: found 1 bytes"):
         BlockingCube(lambda: RemoteCube(shards, cache_bytes=1))
+
+
+def test_a_client_follows_what_operators_load_switch_and_unload(tmp_path):
+    """Under load, with no version named, while the versions change as fast as they can: no call fails or mixes."""
+    for base in (1, 2, 3):
+        built(tmp_path / "data", "t", Version(base), KEYS, ROWS * base, shards=2)
+    held = [(tmp_path / "data" / "t" / f"{base}@0") for base in (2, 3)]
+    for path in held:
+        path.rename(tmp_path / path.name)
+
+    async def work(addresses):
+        async with RemoteCube(addresses) as cube, contextlib.AsyncExitStack() as stack:
+            channels = [await stack.enter_async_context(Channel(address)) for address in addresses]
+
+            async def tell(verb, base):
+                request = pb.VersionRequest(table="t", version=pb.Version(base=base)).SerializeToString()
+                path = f"/cube_serving.cube.CubeControl/{verb}"
+                await asyncio.gather(*(channel.call(path, request, 30) for channel in channels))
+
+            seen, over = set(), False
+
+            async def load():
+                while not over:
+                    rows = await cube.gather("t", None, KEYS, 5)
+                    assert rows.found.all()
+                    assert np.array_equal(rows.rows, ROWS * rows.version.base)
+                    seen.add(rows.version.base)
+
+            callers = [asyncio.ensure_future(load()) for _ in range(4)]
+            for path, base in zip(held, (2, 3), strict=True):
+                (tmp_path / path.name).rename(path)
+                await tell("Load", base)
+                pinned = await cube.gather("t", Version(base), KEYS, 5)  # the client had not heard of it
+                assert np.array_equal(pinned.rows, ROWS * base)
+                await tell("Switch", base)
+                await tell("Unload", base - 1)
+                await asyncio.sleep(0.3)
+            over = True
+            await asyncio.gather(*callers)
+            assert (await cube.gather("t", None, KEYS, 5)).version == Version(3)
+            with pytest.raises(NotServed, match="version 1@0: not served here, which serves 3@0"):
+                await cube.gather("t", Version(1), KEYS, 5)
+            return seen
+
+    with contextlib.ExitStack() as processes:
+        serve = ("cube-server", "--shards", 2, "--data", tmp_path / "data", "--shard")
+        addresses = [processes.enter_context(started(*serve, shard)) for shard in range(2)]
+        assert asyncio.run(work(addresses)) == {1, 2, 3}
