@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 
 from cube.errors import BadConfig
 from cube.kernels import U, inlined, kernel, load, mix, prefetch, scaled
-from cube.rows import F32, put_row
+from cube.rows import F32, FLOAT32, put_row
 from cube.storage.store import check_buffer
 from cube.version import Version
 
@@ -365,7 +365,7 @@ def _bytes(array: NDArray[Any]) -> NDArray[np.uint8]:
 
 def _check(keys: NDArray[np.uint64], rows: NDArray[np.float32], found: NDArray[np.bool_]) -> None:
     """Raise ValueError for arrays that are not as the kernels read and fill them."""
-    check_buffer(rows, (keys.size, rows.shape[-1]), np.float32)
+    check_buffer(rows, (keys.size, rows.shape[-1]), FLOAT32)
     contiguous = keys.flags.c_contiguous and found.flags.c_contiguous
     if not contiguous or keys.dtype != np.uint64 or found.dtype != np.bool_ or found.shape != keys.shape:
         given = f"{keys.dtype} keys of shape {keys.shape}, {found.dtype} marks of shape {found.shape}"

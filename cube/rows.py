@@ -33,6 +33,10 @@ if sys.byteorder != "little":
 RAW, F32, F16, I8 = 0, 1, 2, 4  # kinds of moves, as kernels know them: the row's bytes as they are, or a format
 
 
+# Comparing a dtype with np.float32 would make one of it each time.
+FLOAT32, UINT8, UINT64 = np.dtype(np.float32), np.dtype(np.uint8), np.dtype(np.uint64)
+
+
 class RowFormat(IntEnum):
     """On disk and on the wire: never renumber."""
 
@@ -314,4 +318,4 @@ def flat(array: NDArray[Any]) -> NDArray[np.uint8]:
     """The bytes of an array in C order, without a copy."""
     if not array.flags.c_contiguous:
         raise ValueError("rows must lie in C order, without gaps")
-    return array.reshape(-1).view(np.uint8)
+    return array.reshape(-1).view(UINT8)

@@ -5,13 +5,14 @@ Keys are split into partitions by hash, each with pilots and places of its own: 
 bitmap of taken places fits a core's cache), so any number of keys is built in bounded memory, on several cores.
 """
 
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cube.kernels import U, clear, inlined, kernel, load, mix, prefetch, store_key
-from cube.rows import RAW, RowFormat, divide, flat, put_row
+from cube.rows import RAW, UINT64, RowFormat, divide, flat, put_row
 
 KEYS_PER_BUCKET = 4.5
 LOAD = 0.97  # places are keys / LOAD: fuller partitions need far longer searches for a pilot
@@ -314,15 +315,18 @@ class Overlay(NamedTuple):
     arena: NDArray[np.uint8]
 
 
+_unsigned = lru_cache(1_024)(U)  # of sizes, which are few
+
+
 class Places(NamedTuple):
-    """Where a lookup finds things in the bytes of a segment. Offsets are in bytes."""
+    """Where a lookup finds things in the bytes of a segment. Offsets are bytes, of the type that kernels take."""
 
     data: NDArray[np.uint8]  # uint8[file_bytes]
-    places_offset: int
-    stride: int
+    places_offset: np.uint64
+    stride: np.uint64
     partitions: NDArray[np.uint64]  # uint64[partitions, 8], see `described`
-    pilots_offset: int
-    default_row_offset: int  # 0: absent keys read zeros
+    pilots_offset: np.uint64
+    default_row_offset: np.uint64  # 0: absent keys read zeros
 
 
 def partitions_of(keys: NDArray[np.uint64], partitions: int) -> NDArray[np.int32]:
@@ -377,7 +381,7 @@ def described(facts: NDArray[np.uint64]) -> NDArray[np.uint64]:
 def homes(places: Places, keys: NDArray[np.uint64]) -> NDArray[np.int64]:
     """The number of the one place where each key (uint64[n]) can be: int64[n]."""
     out = np.empty(keys.size, np.int64)
-    _homes(keys, places.data, places.partitions, U(places.pilots_offset), out)
+    _homes(keys, places.data, places.partitions, places.pilots_offset, out)
     return out
 
 
@@ -417,17 +421,18 @@ def _run(
 ) -> int:  # fmt: skip
     data, places_offset, stride, partitions, pilots_offset, default_at = places
     bags = keys.size if offsets is None else offsets.size - 1
-    keys = np.ascontiguousarray(keys)  # a kernel is compiled anew for every other layout
+    if not keys.flags.c_contiguous:  # a kernel is compiled anew for every other layout
+        keys = np.ascontiguousarray(keys)
     tags, slots, arena = overlay or (None, None, None)
     if (
-        keys.dtype != np.uint64
+        keys.dtype != UINT64
         or found.shape != keys.shape
         or out.nbytes != bags * out_stride
         or not found.flags.c_contiguous
     ):
         raise ValueError(f"buffers of {out.nbytes} bytes, {found.size} marks for {keys.size} {keys.dtype} keys")
     absent = _lookup(
-        keys, data, U(places_offset), U(stride), partitions, U(pilots_offset), U(default_at), tags, slots, arena,
-        kind, U(size), offsets, flat(out), U(out_stride), found,
+        keys, data, places_offset, stride, partitions, pilots_offset, default_at, tags, slots, arena, kind,
+        _unsigned(size), offsets, flat(out), _unsigned(out_stride), found,
     )  # fmt: skip
     return int(absent)

@@ -16,8 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cube.errors import DataCorrupt
+from cube.kernels import U
 from cube.keys import ShardRule
-from cube.rows import RowFormat, check_offsets
+from cube.rows import FLOAT32, UINT8, RowFormat, check_offsets
 from cube.storage import index
 from cube.storage.store import About, Capabilities, Store, Writer, check_buffer
 from cube.version import Version
@@ -223,7 +224,7 @@ class Segment(Store):
         if at := header.default_row_offset:
             self.about = self.about._replace(default_row=self._map[at : at + self.about.row_bytes])
         self._places = index.Places(
-            data, PAGE, header.stride, _partitions(header, data, str(path)), header.pilots_offset, at
+            data, U(PAGE), U(header.stride), _partitions(header, data, str(path)), U(header.pilots_offset), U(at)
         )
         self._mapped = True
 
@@ -235,7 +236,7 @@ class Segment(Store):
         over: index.Overlay | None = None,
     ) -> int:  # fmt: skip
         self._refuse_if_corrupt()
-        check_buffer(rows, (keys.size, self.about.row_bytes), np.uint8)
+        check_buffer(rows, (keys.size, self.about.row_bytes), UINT8)
         return index.read(self._places, over, self.about.row_bytes, keys, rows, found)
 
     def lookup(
@@ -243,7 +244,7 @@ class Segment(Store):
         over: index.Overlay | None = None,
     ) -> int:  # fmt: skip
         self._refuse_if_corrupt()
-        check_buffer(out, (keys.size, self.about.dim), np.float32)
+        check_buffer(out, (keys.size, self.about.dim), FLOAT32)
         return index.lookup(self._places, over, self.about.row_format, keys, out, found)
 
     def pooled(
@@ -252,7 +253,7 @@ class Segment(Store):
     ) -> int:  # fmt: skip
         self._refuse_if_corrupt()
         check_offsets("offsets", offsets, keys.size)  # the kernel trusts them
-        check_buffer(out, (offsets.size - 1, self.about.dim), np.float32)
+        check_buffer(out, (offsets.size - 1, self.about.dim), FLOAT32)
         return index.pooled(self._places, over, self.about.row_format, keys, offsets, mean, out, found)
 
     def scan(self, batch: int = 65536) -> Iterator[tuple[NDArray[np.uint64], NDArray[np.uint8]]]:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from cube.errors import BadData, DataCorrupt, Unimplemented
 from cube.keys import ShardRule
-from cube.rows import RowFormat, check_offsets, decode, pool
+from cube.rows import FLOAT32, RowFormat, check_offsets, decode, pool
 from cube.version import Version
 
 
@@ -94,7 +94,7 @@ class Store(ABC):
     def lookup(self, keys: NDArray[np.uint64], out: NDArray[np.float32], found: NDArray[np.bool_]) -> int:
         """`read`, decoded: out is float32[n, dim], C order."""
         about = self.about
-        check_buffer(out, (keys.size, about.dim), np.float32)
+        check_buffer(out, (keys.size, about.dim), FLOAT32)
         if about.row_format is RowFormat.F32:
             return self.read(keys, out.view(np.uint8), found)
         raw = np.empty((keys.size, about.row_bytes), np.uint8)
@@ -117,7 +117,7 @@ class Store(ABC):
         zeros. Returns how many keys are absent.
         """
         check_offsets("offsets", offsets, keys.size)
-        check_buffer(out, (offsets.size - 1, self.about.dim), np.float32)
+        check_buffer(out, (offsets.size - 1, self.about.dim), FLOAT32)
         raw = np.empty((keys.size, self.about.row_bytes), np.uint8)
         absent = self.read(keys, raw, found)
         pool(self.about.row_format, raw, offsets, mean, out)
@@ -176,11 +176,11 @@ class Engine(NamedTuple):
     write: Callable[[Path, About, int, str], Writer]  # place, facts, number of partitions, URL of a server or ""
 
 
-def check_buffer(buffer: NDArray[Any], shape: tuple[int, int], dtype: type) -> None:
+def check_buffer(buffer: NDArray[Any], shape: tuple[int, int], dtype: np.dtype[Any]) -> None:
     """Raise ValueError for a buffer that is not as a lookup will fill it: kernels write to addresses."""
     if buffer.shape != shape or buffer.dtype != dtype or not buffer.flags.c_contiguous:
         found = f"{buffer.dtype} with shape {buffer.shape}"
-        raise ValueError(f"a buffer: found {found}, expected {np.dtype(dtype).name} with shape {shape} in C order")
+        raise ValueError(f"a buffer: found {found}, expected {dtype.name} with shape {shape} in C order")
 
 
 def checked_rows(about: About, keys: NDArray[np.uint64], rows: NDArray[np.float32]) -> NDArray[np.uint8]:
