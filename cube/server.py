@@ -50,6 +50,8 @@ def checked(config: CubeConfig, shard: int) -> CubeConfig:
     settled.listen = config.listen or config.shard[shard].address
     if not settled.listen:
         raise BadConfig(f"shard {shard}", "no address", "an address in the configuration, or --listen host:port")
+    if "://" in settled.listen:
+        raise BadConfig(f"shard {shard} address", settled.listen, "--listen host:port beside it: it names all replicas")
     settled.keep_versions = config.keep_versions or 2
     settled.max_keys = config.max_keys or DEFAULT_MAX_KEYS
     settled.verify = config.verify or "background"

@@ -79,6 +79,14 @@ def test_a_missing_truncated_or_swapped_segment_is_named(command, data, spoil, m
     )
 
 
+def test_a_server_of_a_replicated_shard_is_told_where_to_listen(command, data, tmp_path):
+    conf = tmp_path / "cube.prototxt"
+    conf.write_text(f'data: "{data}" shard {{ address: "list://127.0.0.1:1,127.0.0.1:2" }} shard {{ address: "h:1" }}')
+    done = command("cube-server", "--shard", 0, "--conf", conf, "--check")
+    assert (done.returncode, "expected --listen host:port beside it" in done.stderr) == (1, True)
+    assert command("cube-server", "--shard", 0, "--conf", conf, "--listen", "127.0.0.1:0", "--check").returncode == 0
+
+
 def test_names_that_are_no_versions_are_passed_over(command, data):
     (data / "t" / ".2@0.draft").mkdir()
     (data / "t" / "notes").mkdir()
