@@ -27,7 +27,7 @@ check: $(VENV)/.dev  ## format, lint, types, architecture, generated code in ste
 bench: $(VENV)/.dev  ## WHAT=lookup|rpc|sign|serving: measure, and write benchmarks/results/
 	@$(BIN)/python -m benchmarks.$(WHAT)
 
-proto: $(VENV)/.dev  ## generate cube/pb and predictor/pb from proto/
+proto: $(VENV)/.dev  ## generate the pb/ modules from proto/
 	@$(BIN)/python tests/test_generated.py
 
 clean:  ## remove the virtual environment and the demo's data

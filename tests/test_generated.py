@@ -8,6 +8,7 @@ ROOT = Path(__file__).parent.parent
 HOMES = {
     "cube": "cube", "cube_config": "cube", "health": "cube", "reflection": "cube",
     "kserve": "predictor", "predictor_config": "predictor",
+    "paddle_framework": "trainer_tools",
 }  # fmt: skip
 
 

@@ -1,26 +1,58 @@
 """Embedding parameters → rows for cube-build."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from cube import build
 from cube.errors import BadData
-from cube.sources import KEYS_FILE, ROWS_FILE
+from cube.sources import KEYS_FILE, ROWS_FILE, open_source
+from cube.version import Version
+
+ROWS_DIRECTORY, CUBE_DIRECTORY = "rows", "cube"  # in what prune-program writes
+
+_PIECE = 8 << 20  # bytes of rows held at once
 
 
 class Rows(NamedTuple):
-    """The rows of a table as cube-build takes them. keys: uint64[n]; rows: float32[n, dim]."""
+    """The rows of a table as cube-build takes them. keys: uint64[n]; rows: float32 or float16 [n, dim], also mapped."""
 
     keys: NDArray[np.uint64]
-    rows: NDArray[np.float32]
+    rows: NDArray[Any]
+    padding: int | None = None  # the row that counts as zeros, whatever it holds
 
-    def write(self, directory: Path) -> None:
-        """Write an npy pair."""
+    def write(self, directory: Path, drop_zero_rows: bool = False) -> int:
+        """Write an npy pair, a piece at a time; how many rows. A row of zeros reads the same when it is absent."""
         directory.mkdir(parents=True, exist_ok=True)
-        np.save(directory / KEYS_FILE, np.ascontiguousarray(self.keys, "<u8"))
-        np.save(directory / ROWS_FILE, np.ascontiguousarray(self.rows, "<f4"))
+        kept = np.ones(self.keys.size, np.bool_)
+        if drop_zero_rows:
+            kept = np.concatenate([piece.any(axis=1) for piece in self._pieces()])
+        keys = np.ascontiguousarray(self.keys[kept], "<u8")
+        np.save(directory / KEYS_FILE, keys)
+        with (directory / ROWS_FILE).open("wb") as file:
+            shape = (keys.size, self.rows.shape[1])
+            np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": shape})
+            at = 0
+            for piece in self._pieces():
+                file.write(piece[kept[at : at + len(piece)]].data)
+                at += len(piece)
+        return keys.size
+
+    def _pieces(self) -> Iterator[NDArray[np.float32]]:
+        step = max(1, _PIECE // max(1, 4 * self.rows.shape[1]))
+        for start in range(0, len(self.rows), step):
+            piece = np.array(self.rows[start : start + step], "<f4", order="C")
+            if self.padding is not None and start <= self.padding < start + len(piece):
+                piece[self.padding - start] = 0
+            yield piece
+
+
+def build_cube(out: Path, table: str, version: Version) -> None:
+    """The rows of a table written below the directory `out`, as a cube of one shard beside them."""
+    build.build(open_source([str(out / ROWS_DIRECTORY / table)]), out / CUBE_DIRECTORY, table, version)
 
 
 def read_vocabulary(path: Path) -> NDArray[np.uint64]:
@@ -37,11 +69,11 @@ def read_vocabulary(path: Path) -> NDArray[np.uint64]:
     return keys
 
 
-def rows_of(table: str, weight: NDArray[np.float32], keys: NDArray[np.uint64]) -> Rows:
-    """The rows to serve: row i under keys[i].
+def rows_of(table: str, weight: NDArray[Any], keys: NDArray[np.uint64], padding: int | None = None) -> Rows:
+    """The rows to serve: row i under keys[i]; row `padding` as zeros.
 
-    weight: float32[rows, dim]; keys: uint64[v], v <= rows. Rows from v on are what the program reads for an absent
-    key. A cube answers zeros there, so they must be zeros; raises BadData.
+    weight: float32 or float16 [rows, dim]; keys: uint64[v], v <= rows. Rows from v on are what the program reads for
+    an absent key. A cube answers zeros there, so they must be zeros; raises BadData.
     """
     if keys.size > len(weight):
         raise BadData(
@@ -53,4 +85,4 @@ def rows_of(table: str, weight: NDArray[np.float32], keys: NDArray[np.uint64]) -
             "numbers other than 0",
             "zeros: what an absent key reads",
         )
-    return Rows(keys, weight[: keys.size])
+    return Rows(keys, weight[: keys.size], padding)

@@ -6,6 +6,8 @@ where its outputs go; prune-program writes it, the predictor reads it. Dense and
 manifest names both versions.
 """
 
+import hashlib
+import importlib.metadata
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Literal, TypeVar
 
@@ -70,8 +72,9 @@ class Program(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The dense program."""
 
     file: str
-    format: Literal["torch.export"]
-    sha256: str
+    format: Literal["torch.export", "paddle"]
+    sha256: str  # of the file
+    parameters: str | None = None  # file or directory that holds what `file` does not; None: it holds all
 
 
 class Lookup(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -82,8 +85,13 @@ class Lookup(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     lengths: str  # request input INT32 [samples, slots]: keys of each slot of each sample
     slots: Slots
     table: str
-    pooling: Literal["mean", "sum"]  # of an empty slot: zeros; an absent key counts as a row of zeros
-    feed: str  # program input FP32 [samples * slots, dim]
+    pooling: Literal["mean", "sum", "none"]  # of an empty slot: zeros; an absent key counts as a row of zeros
+    feed: str  # program input FP32 or FP16 [samples * slots, dim]; without pooling a row for each key, in their order
+    # Only without pooling, where the program does what follows:
+    feed_shape: list[int] | None = None  # [-1, ..., dim]; -1: samples, or with a lod_level all their keys
+    lod_level: int = 0  # above 0: a sample may have any number of keys, and the program takes their lengths (LoD)
+    arranged_from: list[str] = []  # inputs of the trained program that the keys were arranged from, if not one as it is
+    padding: int | None = None  # the id that stands for no id: the table holds zeros for it
 
 
 class Table(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -101,7 +109,7 @@ class Manifest(_Strict, frozen=True):
     name: str
     version: int
     program: Program
-    sign: str
+    sign: str  # rule that makes a raw feature's key; "none": keys are the program's own ids
     inputs: list[Tensor]  # dense inputs, straight from request to program
     lookups: list[Lookup]
     tables: dict[str, Table]
@@ -109,6 +117,7 @@ class Manifest(_Strict, frozen=True):
     cube: str | None  # directory beside this file that holds a local cube
     source_sha256: str  # of the trained program
     tool: str  # what wrote this
+    lod_levels: dict[str, int] = {}  # of inputs whose samples are sequences of different lengths (LoD)
 
     def table_versions(self) -> dict[str, tuple[Version, int]]:
         """Version and dim of each table."""
@@ -121,6 +130,17 @@ def inside(directory: Path, name: str, place: str) -> Path:
     if not name or "\0" in name or path.is_absolute() or ".." in path.parts:
         raise BadData(place, repr(name), "a path inside the directory of the file that names it")
     return directory / path
+
+
+def sha256(path: Path) -> str:
+    """Of a file's bytes, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def tool() -> str:
+    """What a manifest says of who wrote it."""
+    return f"cube-serving {importlib.metadata.version('cube-serving')}"
 
 
 def read(kind: type[T], path: Path) -> T:

@@ -102,7 +102,7 @@ def test_a_cube_that_nobody_serves_is_named_after_the_wait(demo, command):
 @pytest.mark.parametrize("cube", ["nowhere.prototxt", "localhost", "a:1,,b:2", ","])
 def test_a_cube_address_that_is_none_is_refused(demo, command, cube):
     said = refused(command, "--model", demo.pruned, "--cube", cube)
-    assert "cube: found" in said or "nowhere.prototxt: found" in said
+    assert "cube: found" in said or f"{cube}: found" in said or f"target {cube!r}: found" in said
 
 
 def test_directories_that_hold_no_model_are_refused(demo, command, tmp_path):

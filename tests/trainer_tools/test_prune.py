@@ -17,7 +17,9 @@ from cube.errors import BadData, DataCorrupt
 from trainer_tools import manifest
 from trainer_tools.export_rows import rows_of
 from trainer_tools.programs import torch_export
+from trainer_tools.programs.program import Rules
 from trainer_tools.prune_program import prune
+from trainer_tools.pruning import Options
 
 
 @pytest.fixture
@@ -137,15 +139,36 @@ def test_a_signature_that_does_not_fit_is_refused_and_nothing_is_written(model, 
     assert not (tmp_path / "out").exists()
 
 
-def test_a_directory_without_a_signature_is_refused(tmp_path):
+def test_a_program_without_a_signature_is_refused(model, tmp_path):
+    (model / "signature.json").unlink()
     with pytest.raises(BadData, match=r"signature\.json: found No such file"):
-        prune(tmp_path, tmp_path / "out")
+        prune(model, tmp_path / "out")
+
+
+def test_the_trained_model_is_not_written_into(model):
+    with pytest.raises(BadData, match="found a path inside the trained model"):
+        prune(model, model / "out")
+
+
+def test_lookups_to_keep_stay_and_the_report_says_why(model, tmp_path):
+    report = prune(model, tmp_path / "out", Options(rules=Rules(keep=["items.weight"]), verify_samples=0))
+    assert [(c.lookup.table, c.is_cut, c.reason) for c in report.candidates] == [
+        ("users.weight", True, "11 rows of 4"),
+        ("items.weight", False, "--keep names it"),
+    ]
+    said = manifest.read(manifest.Manifest, tmp_path / "out" / "manifest.json")
+    assert [t.name for t in said.inputs] == ["x", "item_ids", "item_offsets"]
+    assert list(said.tables) == ["users"]
+    with pytest.raises(BadData, match="--only: found 'nobody', expected a lookup or table"):
+        prune(model, tmp_path / "out", Options(rules=Rules(only=["nobody"])))
+    with pytest.raises(BadData, match="no lookup to cut: embedding_bag stays: 11 rows, fewer than --min-rows 12"):
+        prune(model, tmp_path / "out", Options(rules=Rules(min_rows=12)))
 
 
 def test_a_program_without_lookups_is_refused(model, tmp_path):
     net = torch.nn.Linear(3, 1)
     torch.export.save(torch.export.export(net, (torch.zeros(2, 3),)), model / "program.pt2")
-    with pytest.raises(BadData, match="found no embedding_bag, expected a lookup to cut"):
+    with pytest.raises(BadData, match="found no lookup to cut, expected one"):
         prune(model, tmp_path / "out")
 
 

@@ -13,6 +13,8 @@ import re
 import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
@@ -23,6 +25,7 @@ from torch.export import Dim, ExportedProgram
 
 from cube.errors import BadData
 from trainer_tools.manifest import Tensor
+from trainer_tools.programs.program import Lookup
 
 DATATYPES = {
     torch.bool: "BOOL", torch.uint8: "UINT8", torch.int8: "INT8", torch.int16: "INT16", torch.int32: "INT32",
@@ -49,6 +52,57 @@ class Bag(NamedTuple):
     ids: str  # program inputs
     offsets: str
     pooling: str
+
+
+PROGRAM_FILE = "program.pt2"
+
+
+@dataclass(frozen=True)
+class TorchProgram:
+    """A program as prune-program sees it. See TrainedProgram."""
+
+    program: ExportedProgram
+    format: str = "torch.export"
+
+    def inputs(self) -> list[Tensor]:
+        """See TrainedProgram."""
+        return inputs_of(self.program)
+
+    def outputs(self) -> list[Tensor]:
+        """See TrainedProgram."""
+        return outputs_of(self.program)
+
+    def ops(self) -> int:
+        """See TrainedProgram."""
+        return sum(node.op == "call_function" for node in self.program.graph.nodes)
+
+    @cached_property
+    def bags(self) -> list[Bag]:
+        """The embedding bags. Raises BadData for one that cannot be cut."""
+        return find_bags(self.program)
+
+    def lookups(self) -> list[Lookup]:
+        """See TrainedProgram."""
+        found = []
+        for bag in self.bags:
+            rows, dim = self.program.state_dict[bag.weight].shape
+            found.append(
+                Lookup(bag.node, f"{bag.pooling} embedding_bag", bag.weight, rows, dim, bag.ids, f"{bag.node}_pooled")
+            )
+        return found
+
+    def table(self, name: str) -> np.ndarray[Any, np.dtype[np.float32]]:
+        """See TrainedProgram."""
+        return weight(self.program, name)
+
+    def cut(self, lookups: Sequence[Lookup]) -> "TorchProgram":
+        """See TrainedProgram."""
+        return TorchProgram(cut(self.program, {lookup.name: lookup.feed for lookup in lookups}))
+
+    def write(self, directory: Path) -> str:
+        """See TrainedProgram."""
+        save(self.program, directory / PROGRAM_FILE)
+        return PROGRAM_FILE
 
 
 def load(path: Path) -> ExportedProgram:

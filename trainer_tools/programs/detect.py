@@ -1,0 +1,53 @@
+"""Which format a directory's program has, from names and first bytes; nothing is loaded."""
+
+from pathlib import Path
+from typing import Literal
+
+from cube.errors import BadData
+from trainer_tools.manifest import SIGNATURE_FILE
+from trainer_tools.programs import paddle_desc
+from trainer_tools.programs.paddle import MODEL_FILES
+
+Format = Literal["torch.export", "paddle"]
+_TORCH_RECIPE = (
+    "a torch.export archive beside a signature.json: "
+    "torch.export.save(torch.export.export(model, example_inputs), 'program.pt2')"
+)
+_FORMATS = "signature.json with a torch.export program (*.pt2), or a Paddle program (__model__ or *.pdmodel)"
+_HEAD = 4096
+
+
+def format_of(directory: Path) -> Format:
+    """The format of the program in a directory. Raises BadData for one we do not read, saying how to export it."""
+    try:
+        files = sorted(path for path in directory.iterdir() if path.is_file())
+    except OSError as error:
+        raise BadData(str(directory), error.strerror, f"a directory: {_FORMATS}") from error
+    names = {path.name for path in files}
+    if any(name in MODEL_FILES or name.endswith(".pdmodel") for name in names):
+        return "paddle"
+    if SIGNATURE_FILE in names or any(name.endswith(".pt2") for name in names):
+        return "torch.export"
+    for path in files:
+        _refuse_known(path)
+    raise BadData(str(directory), ", ".join(sorted(names)) or "an empty directory", _FORMATS)
+
+
+def _refuse_known(path: Path) -> None:
+    """Raise BadData for a file that is a program or a part of one in a form we do not read."""
+    with path.open("rb") as file:
+        head = file.read(_HEAD)
+    if path.suffix == ".json" and b'"pir"' in head:
+        raise BadData(str(path), "a program of Paddle 3's PIR", paddle_desc.RECIPE)
+    if path.suffix in (".pdparams", ".pdopt"):
+        raise BadData(str(path), "parameters alone, as a pickle, which is not opened", paddle_desc.RECIPE)
+    if path.suffix in (".pt", ".pth", ".bin", ".ckpt", ".pkl"):
+        if head[:2] == b"PK":
+            kind = "a zip archive of TorchScript or torch.save"
+        elif head[:1] == b"\x80":
+            kind = "a pickle"
+        else:
+            kind = "a file that is no torch.export archive"
+        raise BadData(str(path), f"{kind}, which is not opened", _TORCH_RECIPE)
+    if path.suffix == ".onnx":
+        raise BadData(str(path), "an ONNX program, which prune-program does not read yet", _FORMATS)

@@ -1,0 +1,336 @@
+"""Paddle programs (`__model__`, `NAME.pdmodel`, and their parameters): read, describe, find lookups, cut, write.
+
+Paddle itself is not needed.
+"""
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from numpy.typing import NDArray
+
+from cube.errors import BadData
+from trainer_tools.manifest import Tensor
+from trainer_tools.pb.paddle_framework_pb2 import OpDesc, ProgramDesc, VarDesc, VarType
+from trainer_tools.programs import paddle_desc, paddle_parameters
+from trainer_tools.programs.paddle_desc import arguments, reads, variables, writes
+from trainer_tools.programs.paddle_parameters import Shape, Stored, type_name
+from trainer_tools.programs.program import Lookup
+
+MODEL_FILES = ("__model__", "model")  # names where it is not NAME.pdmodel
+_COMBINED = ("__params__", "params", "__model__.pdiparams")  # names of combined parameters beside a __model__
+_DATATYPES: dict[int, str] = {
+    VarType.BOOL: "BOOL", VarType.UINT8: "UINT8", VarType.INT8: "INT8", VarType.INT16: "INT16", VarType.INT32: "INT32",
+    VarType.INT64: "INT64", VarType.FP16: "FP16", VarType.BF16: "BF16", VarType.FP32: "FP32", VarType.FP64: "FP64",
+}  # fmt: skip
+_LOOKUPS = ("lookup_table", "lookup_table_v2", "distributed_lookup_table")
+_OTHER_LOOKUPS = {
+    "c_embedding": "its table is a part of one that is split over trainers",
+    "fused_embedding_eltwise_layernorm": "lookup and layer norm are one op",
+    "fused_embedding_seq_pool": "lookup and pooling are one op",
+    "lookup_table_dequant": "its rows are quantised in a way of the program's own",
+    "pull_box_sparse": "it names no table",
+    "pull_gpups_sparse": "it names no table",
+    "pull_sparse": "it names no table",
+    "pull_sparse_v2": "it names no table",
+}
+# Ops that only move ids about: what comes out is ids that a request can hold as they are.
+_REARRANGE = {
+    "assign", "cast", "concat", "flatten", "flatten2", "flatten_contiguous_range", "reshape", "reshape2", "slice",
+    "split", "squeeze", "squeeze2", "stack", "strided_slice", "transpose", "transpose2", "unsqueeze", "unsqueeze2",
+}  # fmt: skip
+
+
+class Ids(NamedTuple):
+    """What a lookup reads."""
+
+    name: str  # of the variable
+    shape: list[int]
+    lod_level: int  # above 0: sequences of different lengths, one after another
+    inputs: list[str]  # of the program, from which they are arranged; mostly just themselves
+    padding: int | None  # the id that reads zeros whatever the table holds
+
+
+@dataclass(frozen=True)
+class PaddleProgram:
+    """A program, and where its parameters lie. See TrainedProgram."""
+
+    desc: ProgramDesc
+    path: Path  # of the file it was read from
+    combined: str | None  # name of the parameters' file; None: a file each
+    parameters: Mapping[str, Stored]
+    format: str = "paddle"
+
+    def inputs(self) -> list[Tensor]:
+        """See TrainedProgram. The first dimension of a ragged input counts ids, not samples."""
+        return [self._tensor(name) for name in paddle_desc.fed(self.desc)]
+
+    def outputs(self) -> list[Tensor]:
+        """See TrainedProgram."""
+        return [self._tensor(name) for name in paddle_desc.fetched(self.desc)]
+
+    def ops(self) -> int:
+        """See TrainedProgram. Without feed and fetch ops."""
+        return sum(op.type not in ("feed", "fetch") for block in self.desc.blocks for op in block.ops)
+
+    def lookups(self) -> list[Lookup]:
+        """See TrainedProgram."""
+        found: list[Lookup] = []
+        for block in self.desc.blocks:
+            for op in block.ops:
+                if op.type in _LOOKUPS:
+                    found += [self._lookup(op, ids, out, block.idx) for ids, out in _pairs(op)]
+                elif op.type in _OTHER_LOOKUPS:
+                    out = next(iter(writes(op)), op.type)
+                    table = next(iter(arguments(op.inputs, "W")), "")
+                    found.append(Lookup(out, op.type, table, None, 0, "", out, _OTHER_LOOKUPS[op.type]))
+        return self._one_padding_each(found)
+
+    def ids(self, lookup: Lookup) -> Ids:
+        """What a lookup without obstacle reads."""
+        tensor = self._known[lookup.ids].type.dense_tensor
+        inputs, _ = self._origins(lookup.ids)
+        padding = next((a.l for a in self._op(lookup).attrs if a.name == "padding_idx"), -1)
+        return Ids(lookup.ids, list(tensor.tensor.dims), tensor.lod_level, inputs, padding if padding >= 0 else None)
+
+    def lod_level(self, name: str) -> int:
+        """Levels of raggedness of a variable; 0: none."""
+        return self._known[name].type.dense_tensor.lod_level
+
+    def table(self, name: str) -> NDArray[Any]:
+        """See TrainedProgram."""
+        return self.parameters[name].array()
+
+    def cut(self, lookups: Sequence[Lookup]) -> "PaddleProgram":
+        """See TrainedProgram."""
+        desc, names = ProgramDesc(), {lookup.name for lookup in lookups}
+        desc.CopyFrom(self.desc)
+        known = variables(desc)
+        for lookup in lookups:
+            ids, var = known[lookup.ids].type.dense_tensor, known[lookup.name]
+            dims = ids.tensor.dims[:-1] if _drops_last_dimension(self._op(lookup)) else ids.tensor.dims
+            var.need_check_feed, var.stop_gradient, var.persistable = True, True, False
+            var.type.type = VarType.DENSE_TENSOR
+            var.type.dense_tensor.lod_level = ids.lod_level
+            var.type.dense_tensor.tensor.data_type = self._table_shape(lookup.table, lookup.name).dtype
+            var.type.dense_tensor.tensor.dims[:] = [*dims, lookup.dim]
+        for at in reversed(range(len(desc.blocks[0].ops))):
+            op = desc.blocks[0].ops[at]
+            if op.type in _LOOKUPS and not names.isdisjoint(writes(op)) and not _keep_pairs(op, names):
+                del desc.blocks[0].ops[at]
+        return self._with(paddle_desc.walked_back(desc, paddle_desc.fetched(desc), str(self.path)))
+
+    def serving(self, fetch: Sequence[str] = ()) -> "PaddleProgram":
+        """What the outputs depend on: the program's own outputs, or instead the variables in `fetch`.
+
+        Raises BadData for an output that is not there, and for a parameter that is missing.
+        """
+        targets = list(fetch) or paddle_desc.fetched(self.desc)
+        result = self._with(paddle_desc.walked_back(self.desc, targets, str(self.path)))
+        for name, shape in _declared(result.desc).items():
+            if name not in self.parameters and name not in _remote_tables(self.desc):
+                expected = f"the file of parameter {name!r}, {shape}"
+                raise BadData(f"{self.path.parent}/{name}", "no such file", expected)
+        return result
+
+    def fetching(self, names: Sequence[str]) -> "PaddleProgram":
+        """The same program with further outputs after its own."""
+        targets = [*paddle_desc.fetched(self.desc), *names]
+        return self._with(paddle_desc.walked_back(self.desc, targets, str(self.path)))
+
+    def write(self, directory: Path) -> str:
+        """See TrainedProgram. Files have the names they had."""
+        (directory / self.path.name).write_bytes(self.desc.SerializeToString())
+        if self.combined:
+            ordered = [self.parameters[name] for name in sorted(self.parameters)]
+            paddle_parameters.write_combined(ordered, directory / self.combined)
+        else:
+            paddle_parameters.write_separate(self.parameters, directory)
+        return self.path.name
+
+    def _with(self, desc: ProgramDesc) -> "PaddleProgram":
+        paddle_desc.check(desc, str(self.path))
+        kept = {name: self.parameters[name] for name in _declared(desc) if name in self.parameters}
+        return replace(self, desc=desc, parameters=kept)
+
+    def _tensor(self, name: str) -> Tensor:
+        tensor = self._known[name].type.dense_tensor.tensor
+        if tensor.data_type not in _DATATYPES:
+            found = type_name(tensor.data_type)
+            raise BadData(f"{self.path} variable {name!r}", found, f"one of {', '.join(_DATATYPES.values())}")
+        return Tensor(name, _DATATYPES[tensor.data_type], list(tensor.dims))
+
+    @cached_property
+    def _known(self) -> dict[str, VarDesc]:
+        return variables(self.desc)
+
+    @cached_property
+    def _writers(self) -> dict[str, list[OpDesc]]:
+        """The ops that write each variable, in any block."""
+        found: dict[str, list[OpDesc]] = {}
+        for op in (op for block in self.desc.blocks for op in block.ops):
+            for name in writes(op):
+                found.setdefault(name, []).append(op)
+        return found
+
+    def _op(self, lookup: Lookup) -> OpDesc:
+        return self._writers[lookup.name][0]
+
+    def _lookup(self, op: OpDesc, ids: str, out: str, block: int) -> Lookup:
+        table = next(iter(arguments(op.inputs, "W")), "")
+        shape = self._table_shape(table, out)
+        rows = shape.dims[0] if table in self.parameters and shape.dims else None
+        if block:
+            obstacle = f"it is inside a loop or a branch, block {block}"
+        elif len(self._writers[out]) > 1:
+            obstacle = f"{len(self._writers[out])} ops write its output"
+        else:
+            obstacle = self._obstacle(table, shape, ids)
+        return Lookup(out, op.type, table, rows, shape.dims[-1] if shape.dims else 0, ids, out, obstacle)
+
+    def _table_shape(self, table: str, out: str) -> Shape:
+        """Of the rows as stored; if they are not here, what the program says of them."""
+        if table in self.parameters:
+            return self.parameters[table].shape
+        declared = self._known.get(out)
+        tensor = declared.type.dense_tensor.tensor if declared else VarType.TensorDesc()
+        return Shape(tensor.data_type, (-1, *list(tensor.dims)[-1:]))
+
+    def _obstacle(self, table: str, shape: Shape, ids: str) -> str:
+        """Why a lookup of block 0 cannot be cut."""
+        var = self._known.get(table)
+        writers = [op.type for op in self._writers.get(table, []) if op.type != "feed"]
+        if writers:
+            return f"its table is computed by op {writers[0]}"
+        if var is None or not var.persistable:
+            return "its table is no parameter"
+        if len(shape.dims) != 2 or shape.dims[1] < 1:
+            return f"its table has shape {list(shape.dims)}, not [rows, elements]"
+        if shape.dtype not in (VarType.FP32, VarType.FP16):
+            return f"its rows are {type_name(shape.dtype)}; a cube's are float32"
+        return self._origins(ids)[1]
+
+    def _origins(self, ids: str) -> tuple[list[str], str]:
+        """The program's inputs that ids are arranged from, or why they are no ids of a request."""
+        inputs: list[str] = []
+        todo, seen = [ids], set[str]()
+        while todo:
+            name = todo.pop()
+            if name in seen:
+                continue
+            seen.add(name)
+            writers = self._writers.get(name, [])
+            if not writers:
+                return [], f"its ids are constants, {name}"
+            if len(writers) > 1 or writers[0].type not in _REARRANGE | {"feed"}:
+                return [], f"its ids are computed by op {writers[-1].type} ({name})"
+            if writers[0].type == "feed":
+                inputs.append(name)
+            else:
+                todo += reversed(reads(writers[0]))
+        return inputs, ""
+
+    def _one_padding_each(self, lookups: list[Lookup]) -> list[Lookup]:
+        """Padding is zeros in the rows, so lookups that disagree about a table's padding cannot share its rows."""
+        first: dict[str, int | None] = {}
+        result = []
+        for lookup in lookups:
+            if not lookup.obstacle:
+                padding = self.ids(lookup).padding
+                if first.setdefault(lookup.table, padding) != padding:
+                    reason = f"its padding id is {padding}, that of another lookup of its table {first[lookup.table]}"
+                    lookup = lookup._replace(obstacle=reason)
+            result.append(lookup)
+        return result
+
+
+def load(directory: Path) -> PaddleProgram:
+    """The program in a directory as it stands, with its parameters, of which some may be missing if each has a file.
+
+    Raises BadData for whatever is not as the format says.
+    """
+    path = find_program(directory)
+    desc = paddle_desc.parse(path.read_bytes(), str(path))
+    for op in (op for block in desc.blocks for op in block.ops if op.type in _LOOKUPS):
+        ids, outs = arguments(op.inputs, "Ids"), _outs(op)
+        if not ids or len(ids) != len(outs):
+            raise BadData(f"{path} op {op.type}", f"ids {ids} and outputs {outs}", "as many of the one as of the other")
+    declared, remote = _declared(desc), _remote_tables(desc)
+    combined = _combined_file(path, set(declared) - remote)
+    if combined:
+        every = {name: shape for name, shape in declared.items() if shape.dims or name not in remote}
+        stored = paddle_parameters.find_combined(combined, every)
+    else:
+        stored = paddle_parameters.find_separate(directory, declared)
+    return PaddleProgram(desc, path, combined.name if combined else None, stored)
+
+
+def find_program(directory: Path) -> Path:
+    """The one program file in a directory; raises BadData."""
+    found = [directory / name for name in MODEL_FILES if (directory / name).is_file()]
+    found += sorted(directory.glob("*.pdmodel"))
+    if len(found) != 1:
+        names = ", ".join(path.name for path in found) or "none"
+        raise BadData(str(directory), names, f"one Paddle program: {', '.join(MODEL_FILES)} or NAME.pdmodel")
+    return found[0]
+
+
+def _combined_file(program: Path, needed: Collection[str]) -> Path | None:
+    """Where the parameters lie together; None if each has a file of its own."""
+    usual = _COMBINED if program.name in MODEL_FILES else (f"{program.stem}.pdiparams",)
+    files = {path.name: path for path in program.parent.iterdir() if path.is_file() and path != program}
+    for name in usual:
+        if name in files and name not in needed:
+            return files[name]
+    if not needed or any(name in files or "/" in name for name in needed):
+        return None
+    if len(files) == 1:
+        return next(iter(files.values()))
+    expected = f"the parameters: {usual[0]}, or a file each: {', '.join(sorted(needed))}"
+    raise BadData(str(program.parent), ", ".join(sorted(files)) or "no other file", expected)
+
+
+def _declared(desc: ProgramDesc) -> dict[str, Shape]:
+    """The parameters a program names."""
+    return {
+        var.name: Shape(var.type.dense_tensor.tensor.data_type, tuple(var.type.dense_tensor.tensor.dims))
+        for var in desc.blocks[0].vars
+        if var.persistable and var.type.type == VarType.DENSE_TENSOR
+    }
+
+
+def _remote_tables(desc: ProgramDesc) -> set[str]:
+    """Tables that may be on a parameter server and not among the program's files."""
+    return {
+        name
+        for op in (op for block in desc.blocks for op in block.ops if op.type in _LOOKUPS)
+        for name in arguments(op.inputs, "W")
+        if op.type == "distributed_lookup_table" or any(a.name == "is_distributed" and a.b for a in op.attrs)
+    } & set(_declared(desc))
+
+
+def _outs(op: OpDesc) -> list[str]:
+    return arguments(op.outputs, "Outputs" if op.type == "distributed_lookup_table" else "Out")
+
+
+def _pairs(op: OpDesc) -> list[tuple[str, str]]:
+    """Ids and output of each lookup that an op does."""
+    return list(zip(arguments(op.inputs, "Ids"), _outs(op), strict=True))
+
+
+def _keep_pairs(op: OpDesc, gone: set[str]) -> bool:
+    """Take lookups out of an op that does several; whether any is left."""
+    left = [(ids, out) for ids, out in _pairs(op) if out not in gone]
+    for slot in (*op.inputs, *op.outputs):
+        if slot.parameter in ("Ids", "Out", "Outputs"):
+            slot.arguments[:] = [pair[slot.parameter != "Ids"] for pair in left]
+    return bool(left)
+
+
+def _drops_last_dimension(op: OpDesc) -> bool:
+    """Whether ids [..., 1] become rows [..., dim] and not [..., 1, dim]."""
+    if op.type == "distributed_lookup_table":
+        return all(attr.s != b"lookup_table_v2" for attr in op.attrs if attr.name == "lookup_table_version")
+    return op.type == "lookup_table"
