@@ -48,7 +48,7 @@ def positive(text: str) -> int:
 def log_to_stderr(program: str) -> None:
     """One line per life-cycle event."""
     logging.basicConfig(
-        format=f"%(asctime)s {program} %(levelname)s %(message)s", level=logging.INFO, stream=sys.stderr
+        format=f"%(asctime)s {program}[%(process)d] %(levelname)s %(message)s", level=logging.INFO, stream=sys.stderr
     )
 
 

@@ -6,6 +6,7 @@ is either for threads. `cluster.open_cube` makes the one that a text or a file n
 
 import asyncio
 import logging
+import math
 import ssl
 import threading
 from abc import ABC, abstractmethod
@@ -26,7 +27,7 @@ from cube.keys import ShardRule, shards_of
 from cube.pb import cube_pb2 as pb
 from cube.rpc.balancer import Balancer
 from cube.rpc.calls import Buffer, Field, parse
-from cube.rpc.routing import Options
+from cube.rpc.routing import Options, Policy
 from cube.service import KEYS_ON_LOOP, LOOKUP, LOOKUP_REPLY, STATUS, is_short
 from cube.storage.index import KERNELS as INDEX_KERNELS
 from cube.storage.store import Store
@@ -175,16 +176,19 @@ class RemoteCube(Cube):
         cache_bytes: int = 0,
         metadata: Sequence[Field] = (),
         tls: ssl.SSLContext | None = None,
+        most_timeout_s: float = math.inf,
     ):
         """shards: where the replicas of each shard are, in order of shard; see cube.rpc.naming for the forms.
 
         shard_rule: which shard has which key, as the servers' files say. cache_bytes: memory for rows that are asked
-        for often; 0 for no cache. metadata: sent with every call, such as a token.
+        for often; 0 for no cache. metadata: sent with every call, such as a token. most_timeout_s: of one call to a
+        shard, whatever time a lookup has.
         """
         self._targets = list(shards)
         self._balancers = [Balancer(target, options, tls=tls) for target in shards]
         self._rule = shard_rule
-        self._metadata = tuple(metadata)
+        self._metadata, self._most_timeout_s = tuple(metadata), most_timeout_s
+        self._hashes = options is not None and options.policy is Policy.CONSISTENT_HASH
         self._cache = RowCache(cache_bytes) if cache_bytes else None
         self._known: _Known | None = None
         self._learning: asyncio.Task[_Known] | None = None
@@ -217,8 +221,7 @@ class RemoteCube(Cube):
 
     async def status(self, shard: int, wait_s: float) -> pb.StatusReply:
         """What a shard's server says of itself, waiting up to `wait_s` for it to be there."""
-        reply = await self._call(shard, STATUS, b"", wait_s, wait_for_ready=True)
-        return parse(pb.StatusReply, reply)
+        return parse(pb.StatusReply, await self._call(shard, STATUS, b"", wait_s, wait_for_ready=True))
 
     async def lookup(self, asks: Sequence[Ask], timeout_s: float, *, partial: bool = False) -> Answer:
         loop = asyncio.get_running_loop()
@@ -264,16 +267,20 @@ class RemoteCube(Cube):
     # ---- what the servers have ----
 
     async def _statuses(self, wait_s: float) -> list[pb.StatusReply]:
-        """Of every shard; raises BadConfig for servers that are not what the list of shards says."""
+        """Of every shard."""
         statuses = await asyncio.gather(*(self.status(shard, wait_s) for shard in range(self.shards)))
         for shard, status in enumerate(statuses):
-            place = f"cube endpoint {self._targets[shard]}"
-            found, expected = f"shard {status.shard} of {status.shards}", f"shard {shard} of {self.shards}"
-            if found != expected:
-                raise BadConfig(place, found, expected)
-            if status.shard_rule != self._rule.text:
-                raise BadConfig(place, f"shard rule {status.shard_rule!r}", f"{self._rule.text!r}")
+            self._check_place(shard, status)
         return statuses
+
+    def _check_place(self, shard: int, status: pb.StatusReply) -> None:
+        """Raise BadConfig for a server that is not what the list of shards says."""
+        place = f"cube endpoint {self._targets[shard]}"
+        found, expected = f"shard {status.shard} of {status.shards}", f"shard {shard} of {self.shards}"
+        if found != expected:
+            raise BadConfig(place, found, expected)
+        if status.shard_rule != self._rule.text:
+            raise BadConfig(place, f"shard rule {status.shard_rule!r}", f"{self._rule.text!r}")
 
     def _learn(self, statuses: Sequence[pb.StatusReply], at: float) -> _Known:
         """What they have in common; at: when they were asked."""
@@ -304,12 +311,28 @@ class RemoteCube(Cube):
         return self._learning
 
     async def _learnt(self, timeout_s: float) -> _Known:
-        """What they have now."""
-        return await asyncio.shield(self._begin_learning(timeout_s))
+        """What they have now; raises DeadlineExceeded, ShardUnavailable if none of them answers."""
+        learning = self._begin_learning(timeout_s)
+        await asyncio.wait((learning,), timeout=max(timeout_s, 0))  # it is everybody's: others may have more time
+        if not learning.done():
+            raise DeadlineExceeded(f"{self}: no answer in time to what they serve")
+        return learning.result()
 
     async def _learn_anew(self, timeout_s: float) -> _Known:
+        """From those that answer: who asks for keys of the others will be told."""
         at = asyncio.get_running_loop().time()
-        return self._learn(await self._statuses(timeout_s), at)
+        asked = [self._call(shard, STATUS, b"", timeout_s) for shard in range(self.shards)]
+        statuses: list[pb.StatusReply] = []
+        errors: list[BaseException] = []
+        for shard, answer in enumerate(await asyncio.gather(*asked, return_exceptions=True)):
+            if isinstance(answer, BaseException):
+                errors.append(answer)
+                continue
+            statuses.append(parse(pb.StatusReply, answer))
+            self._check_place(shard, statuses[-1])
+        if not statuses or not all(isinstance(error, ShardUnavailable) for error in errors):
+            raise errors[0]
+        return self._learn(statuses, at)
 
     # ---- asking ----
 
@@ -340,6 +363,9 @@ class RemoteCube(Cube):
     async def _ask(self, shard: int, parts: "Sequence[_Part]", timeout_s: float) -> None:
         asked = [part for part in parts if part.shards[shard].size]
         request = pb.LookupRequest(
+            shard=shard,
+            shards=self.shards,
+            shard_rule=int(self._rule),
             tables=[
                 pb.TableKeys(
                     table=part.ask.table,
@@ -347,9 +373,12 @@ class RemoteCube(Cube):
                     keys=part.keys_of(shard).tobytes(),
                 )
                 for part in asked
-            ]
+            ],
         )
-        received = await self._call(shard, LOOKUP, request.SerializeToString(), timeout_s)
+        key = None
+        if self._hashes:  # the same keys, the same replica
+            key = int(np.bitwise_xor.reduce(asked[0].keys_of(shard)))
+        received = await self._call(shard, LOOKUP, request.SerializeToString(), timeout_s, key=key)
         place = f"cube shard {shard} of {self._targets[shard]} reply"
         try:
             reply, of = LOOKUP_REPLY.decode(received)
@@ -361,10 +390,21 @@ class RemoteCube(Cube):
             part.take(shard, table, of(table.rows), of(table.found), place)
 
     async def _call(
-        self, shard: int, path: str, message: bytes, timeout_s: float, wait_for_ready: bool = False
+        self,
+        shard: int,
+        path: str,
+        message: bytes,
+        timeout_s: float,
+        wait_for_ready: bool = False,
+        *,
+        key: int | None = None,
     ) -> Buffer:
+        if not wait_for_ready:
+            timeout_s = min(timeout_s, self._most_timeout_s)
         try:
-            return await self._balancers[shard].call(path, message, timeout_s, wait_for_ready, metadata=self._metadata)
+            return await self._balancers[shard].call(
+                path, message, timeout_s, wait_for_ready, metadata=self._metadata, key=key
+            )
         except (Unavailable, DeadlineExceeded) as error:
             raise ShardUnavailable(shard, self._targets[shard], error) from error
 
@@ -480,6 +520,9 @@ class BlockingCube:
         self.close()
 
     def _run(self, work: Coroutine[Any, Any, T]) -> T:
+        if not self._thread.is_alive():
+            work.close()
+            raise Unavailable("the cube is closed")
         return asyncio.run_coroutine_threadsafe(work, self._loop).result()
 
     def _stop(self) -> None:

@@ -3,13 +3,15 @@
 conf/cube.prototxt                              one entry per shard, each with its replicas
 cube.conf                                       the ancestor's JSON; its tables may be on servers of their own
 10.0.0.1:8010|10.0.0.2:8010,10.0.0.3:8010       shards separated by commas, replicas of a shard by |
-dns://cube-0:8010,file:///run/cube-1            the same with any form of cube.rpc.naming
+dns://cube-0:8010,file:///run/cube-1            the same with names and watched files: see cube.rpc.naming
 cube-data/                                      the files themselves, opened in this process
 """
 
 import asyncio
+import math
 import ssl
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -19,7 +21,7 @@ from cube.client import Answer, Ask, Cube, LocalCube, RemoteCube
 from cube.config import read
 from cube.errors import BadConfig, NotServed
 from cube.keys import ShardRule
-from cube.pb.cube_config_pb2 import CubeConfig
+from cube.pb.cube_config_pb2 import CubeConfig, ReplicasConfig
 from cube.rpc.channel import tls_context
 from cube.rpc.naming import Naming
 from cube.rpc.routing import Options, Policy
@@ -32,6 +34,7 @@ class Cluster(NamedTuple):
     shards: tuple[str, ...]  # where each shard's replicas are, as cube.rpc.naming reads it
     rule: ShardRule
     options: Options
+    most_timeout_s: float = math.inf  # of one call to a shard
 
 
 def cluster_at(where: str) -> Cluster:
@@ -39,9 +42,41 @@ def cluster_at(where: str) -> Cluster:
     if where.endswith(".prototxt"):
         config = read(Path(where), CubeConfig())
         rule = ShardRule.parse(config.shard_rule or ShardRule.MIX.text, f"{where} shard_rule")
-        return _checked(where, Cluster(tuple(shard.address for shard in config.shard), rule, Options()))
+        timeout_s = config.replicas.timeout_ms / 1e3 or math.inf
+        targets = tuple(shard.address for shard in config.shard)
+        return _checked(where, Cluster(targets, rule, _options(where, config.replicas), timeout_s))
+    if "list://" in where:
+        raise BadConfig("cube", repr(where), "shards separated by commas, replicas of a shard by |")
     shards = [_alternatives(part) for part in where.split(",")]
     return _checked("cube", Cluster(tuple(shards), ShardRule.MIX, Options()))
+
+
+def clusters_at(where: str) -> dict[str | None, Cluster]:
+    """The servers of each table that has its own; under None those of a cube that holds all tables."""
+    if is_legacy(where):
+        return {name: cluster for name, cluster in legacy_tables(Path(where)).items()}  # noqa: C416 - keys may be None
+    return {None: cluster_at(where)}
+
+
+def is_legacy(where: str) -> bool:
+    """Whether a text names a file of the ancestor's."""
+    return "://" not in where and "," not in where and where.endswith((".conf", ".json"))
+
+
+def _options(where: str, said: ReplicasConfig) -> Options:
+    options = Options()
+    if said.policy:
+        policies = {policy.value: policy for policy in Policy}
+        if said.policy not in policies:
+            raise BadConfig(f"{where} replicas policy", repr(said.policy), ", ".join(policies))
+        options = replace(options, policy=policies[said.policy])
+    if said.HasField("retries"):
+        options = replace(options, retries=said.retries)
+    if said.hedge:
+        options = replace(options, hedge=said.hedge)
+    if said.hedge_share:
+        options = replace(options, hedge_share=said.hedge_share)
+    return options
 
 
 class Access(NamedTuple):
@@ -94,10 +129,11 @@ def open_cube(where: str, access: Access = OPEN, *, cache_bytes: int = 0) -> Cub
     """
     if Path(where).is_dir():
         return LocalCube(Path(where))
-    if where.endswith((".conf", ".json")):
-        tables = legacy_tables(Path(where))
-        return Cubes({name: _remote(cluster, access, cache_bytes) for name, cluster in tables.items()})
-    return _remote(cluster_at(where), access, cache_bytes)
+    clusters = clusters_at(where)
+    if None in clusters:
+        return _remote(clusters[None], access, cache_bytes)
+    each = cache_bytes // len(clusters)
+    return Cubes({str(name): _remote(cluster, access, each) for name, cluster in clusters.items()})
 
 
 def _remote(cluster: Cluster, access: Access, cache_bytes: int) -> RemoteCube:
@@ -108,6 +144,7 @@ def _remote(cluster: Cluster, access: Access, cache_bytes: int) -> RemoteCube:
         cache_bytes=cache_bytes,
         metadata=access.metadata,
         tls=access.tls,
+        most_timeout_s=cluster.most_timeout_s,
     )
 
 
@@ -126,7 +163,10 @@ def _checked(place: str, cluster: Cluster) -> Cluster:
 
 
 class Cubes(Cube):
-    """Tables that are on servers of their own each, as one cube."""
+    """Tables that are on servers of their own each, as one cube.
+
+    Shards that do not answer are reported by their numbers, whichever table's they are.
+    """
 
     def __init__(self, by_table: Mapping[str, Cube]):
         self._by_table = dict(by_table)
@@ -197,7 +237,7 @@ def legacy_tables(path: Path) -> dict[str, Cluster]:
         raise BadConfig(str(path), error.strerror or error, "a readable file") from error
     try:
         dicts = msgspec.json.decode(raw, type=list[_Dict])
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise BadConfig(str(path), error, "a JSON array with an object for each table") from error
     if not dicts:
         raise BadConfig(str(path), "no tables", "at least one")
@@ -206,7 +246,8 @@ def legacy_tables(path: Path) -> dict[str, Cluster]:
         place = f"{path} [{number}] {one.dict_name!r}"
         if one.dict_name in tables:
             raise BadConfig(place, "a table that was there before", "every table once")
-        tables[one.dict_name] = Cluster(_legacy_shards(place, one), ShardRule.MODULO, _legacy_options(place, one))
+        options = _legacy_options(place, one)
+        tables[one.dict_name] = Cluster(_legacy_shards(place, one), ShardRule.MODULO, options, one.timeout / 1e3)
     return tables
 
 
@@ -225,7 +266,7 @@ def _legacy_shards(place: str, one: _Dict) -> tuple[str, ...]:
                 raise BadConfig(at, node, '{"ipport_list": "list://host:port,host:port"}')
             shards.append(node.ipport_list or "")
         else:
-            if not node.ip or node.port is None or node.ipport_list is not None:
+            if not node.ip or set(node.ip) & set("/,|") or node.port is None or node.ipport_list is not None:
                 raise BadConfig(at, node, '{"ip": ..., "port": ...}')
             shards.append(f"{node.ip}:{node.port}")
         try:

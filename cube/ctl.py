@@ -3,7 +3,6 @@
 import argparse
 import asyncio
 import json
-import math
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -15,8 +14,8 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from cube.cli import DEFAULT_CONF, guarded, positive
-from cube.client import Ask, Cube, RemoteCube
-from cube.cluster import Access, Cluster, cluster_at, open_cube
+from cube.client import Ask, Cube, LocalCube
+from cube.cluster import Access, Cluster, clusters_at, open_cube
 from cube.errors import BadConfig, DataCorrupt, ServingError
 from cube.pb import cube_pb2 as pb
 from cube.rpc.calls import parse
@@ -47,7 +46,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Look at a running cube, tell its servers what to do, or check its files. Tables are printed for "
         "people, JSON with --json. Exit status 0: all is well; 1: something is not, and standard error says what.",
     )
-    parser.add_argument("--json", action="store_true", help="print JSON, for programs")
+    parser.add_argument("--json", action="store_true", help="print JSON, for programs (before the verb)")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
 
     def verb(name: str, text: str) -> argparse.ArgumentParser:
@@ -111,16 +110,18 @@ def _access(args: argparse.Namespace) -> Access:
     return Access.of(args.token_file, args.tls_ca, args.tls_cert, args.tls_key)
 
 
-def _cluster(args: argparse.Namespace) -> Cluster:
-    return cluster_at(args.cube or str(DEFAULT_CONF))
+def _clusters(args: argparse.Namespace) -> dict[str | None, Cluster]:
+    return clusters_at(args.cube or str(DEFAULT_CONF))
 
 
 async def _servers(args: argparse.Namespace) -> list[_Server]:
     if args.server:
         return [_Server(None, args.server)]
-    shards = _cluster(args).shards
-    places = await asyncio.gather(*(Naming.parse(target).first() for target in shards))
-    return [_Server(shard, place.target) for shard, found in enumerate(places) for place in found]
+    servers: dict[_Server, None] = {}  # tables may be on the same ones
+    for cluster in _clusters(args).values():
+        places = await asyncio.gather(*(Naming.parse(target).first() for target in cluster.shards))
+        servers |= {_Server(shard, place.target): None for shard, found in enumerate(places) for place in found}
+    return list(servers)
 
 
 async def _tell(
@@ -280,22 +281,27 @@ def _bench(args: argparse.Namespace) -> int:
             keys = await _some_keys(args, cube)
             return await _timed(args, cube, keys)
 
-    _show([asyncio.run(work())], args.json)
-    return 0
+    row = asyncio.run(work())
+    _show([row], args.json)
+    return 1 if row["failed"] else 0
 
 
 async def _some_keys(args: argparse.Namespace, cube: Cube) -> NDArray[np.uint64]:
     """Keys that the table has: from the beginning of each shard's scan."""
-    if not isinstance(cube, RemoteCube):
+    if isinstance(cube, LocalCube):
         raise BadConfig("--cube", args.cube, "servers: there is nothing to time in files")
+    clusters = _clusters(args)
+    cluster = clusters.get(None) or clusters.get(args.table)
+    if cluster is None:
+        raise BadConfig("table", repr(args.table), f"one of {', '.join(map(str, clusters))}")
     access, parts = _access(args), []
-    for target in _cluster(args).shards:
+    for target in cluster.shards:
         place = (await Naming.parse(target).first())[0]
         async with Channel(place.target, tls=access.tls) as channel:
             stream = await channel.stream(
                 SCAN, pb.ScanRequest(table=args.table).SerializeToString(), ASK_S, metadata=access.metadata
             )
-            left = SAMPLED_KEYS // cube.shards
+            left = SAMPLED_KEYS // len(cluster.shards)
             async for message in stream:
                 part = np.frombuffer(parse(pb.ScanReply, message).keys, "<u8")
                 parts.append(part)
@@ -347,7 +353,7 @@ async def _timed(args: argparse.Namespace, cube: Cube, keys: NDArray[np.uint64])
     calls = len(latencies)
     row: dict[str, Any] = {"calls/s": round(calls / seconds), "keys/s": round(calls * args.keys / seconds)}
     for share in (50, 99, 99.9):
-        row[f"p{share:g} ms"] = round(float(np.percentile(latencies, share)) * 1e3, 3) if latencies else math.nan
+        row[f"p{share:g} ms"] = round(float(np.percentile(latencies, share)) * 1e3, 3) if latencies else None
     return row | {"failed": sum(failures.values()), "as": ", ".join(failures)}
 
 

@@ -8,6 +8,8 @@ ServingError
  ├─ DeadlineExceeded   the caller's time is up
  ├─ DataCorrupt        bytes on disk or wire are not what was written
  ├─ BadData            a data file holds something it must not; only commands meet it
+ ├─ FailedPrecondition not as things stand at the server
+ ├─ Unauthenticated    no token, or one that the server does not know
  ├─ BadConfig          flags, environment and files do not make a server; only start-up meets it
  └─ Internal           a fault of ours; the details are in the server's log, not in the reply
 
@@ -125,6 +127,18 @@ class Unimplemented(ServingError):
     wire = Wire("UNIMPLEMENTED", 501, retry=False)
 
 
+class FailedPrecondition(ServingError):
+    """Right in itself, but not as things stand there: the wrong shard, a version that is in use."""
+
+    wire = Wire("FAILED_PRECONDITION", 412, retry=False)
+
+
+class Unauthenticated(ServingError):
+    """The server wants to see a token that it knows."""
+
+    wire = Wire("UNAUTHENTICATED", 401, retry=False)
+
+
 class Internal(ServingError):
     """A fault of ours."""
 
@@ -137,6 +151,8 @@ _BY_STATUS: dict[str, type[ServingError]] = {
     "DEADLINE_EXCEEDED": DeadlineExceeded,
     "DATA_LOSS": DataCorrupt,
     "UNIMPLEMENTED": Unimplemented,
+    "FAILED_PRECONDITION": FailedPrecondition,
+    "UNAUTHENTICATED": Unauthenticated,
 }
 
 

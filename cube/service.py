@@ -6,14 +6,18 @@ kernel's buffer into the reply without a copy.
 """
 
 import asyncio
+import contextlib
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from cube.errors import BadRequest, NotServed
+from cube.errors import BadRequest, FailedPrecondition, NotServed
+from cube.keys import ShardRule
 from cube.pb import cube_pb2 as pb
 from cube.rows import check_offsets
 from cube.rpc.calls import Buffer, Call, Kind, Method, Reply, parse
@@ -22,13 +26,17 @@ from cube.storage.store import Store
 from cube.table import Table, check_keys
 from cube.version import Version
 
+T = TypeVar("T")
+
 SERVICE = "cube_serving.cube.Cube"
 LOOKUP, STATUS, SCAN = f"/{SERVICE}/Lookup", f"/{SERVICE}/Status", f"/{SERVICE}/Scan"
 LOOKUP_REPLY = Spliced(pb.LookupReply, "tables.rows", "tables.found")
 SCAN_REPLY = Spliced(pb.ScanReply, "keys", "rows")
 REQUEST_BYTES = 1 << 20  # of a request, beside its keys: names of tables
 DEFAULT_MAX_KEYS = 4 << 20
-KEYS_ON_LOOP = 20_000  # about 2 ms of lookups
+MOST_TABLES = 1_024  # of a call: each costs as much as a hundred keys
+MOST_REPLY_BYTES = 256 << 20  # of rows: what clients take by default
+KEYS_ON_LOOP, BYTES_ON_LOOP = 20_000, 2 << 20  # about 2 ms of lookups
 PROGRAM = f"cube-server {metadata.version('cube-serving')}"
 SCAN_ROWS, MOST_SCAN_ROWS, SCAN_BYTES = 16_384, 65_536, 4 << 20  # of one message
 
@@ -93,6 +101,8 @@ class CubeService:
         self.lookups = 0  # answered since start
         self._max_keys, self._shard_rule, self._workers, self._meter = max_keys, shard_rule, workers, meter
         self._began = time.monotonic()
+        self._place = shard, shards, int(ShardRule.parse(shard_rule))
+        self._threads = ThreadPoolExecutor(thread_name_prefix="lookup")
 
     def handlers(self) -> dict[str, Method]:
         """By gRPC path."""
@@ -129,18 +139,24 @@ class CubeService:
     def look_up(self, asks: Sequence[Ask], call: Call) -> Awaitable[None] | None:
         """Run `asks`. Returns None where that is done already, else what to await.
 
-        Many keys are looked up in a thread, so that the loop answers others meanwhile. Raises BadRequest,
-        DeadlineExceeded, DataCorrupt.
+        Many keys, or bags, or bytes of rows are looked up in a thread, so that the loop answers others meanwhile.
+        Raises BadRequest, DeadlineExceeded, DataCorrupt.
         """
-        keys = 0
+        keys = rows = size = 0
+        is_quick = True
         for ask in asks:
+            count = ask.keys.size if ask.offsets is None else max(ask.keys.size, ask.offsets.size)
             keys += ask.keys.size
-        if keys > self._max_keys:
-            raise BadRequest("keys", f"{keys} in one call", f"at most {self._max_keys}")
+            rows += count
+            size += count * (ask.store.about.row_bytes if ask.stored else 4 * ask.store.about.dim)
+            is_quick = is_quick and ask.store.capabilities.fused
+        if rows > self._max_keys:
+            raise BadRequest("keys", f"{rows} keys or bags in one call", f"at most {self._max_keys}")
+        if size > MOST_REPLY_BYTES:
+            raise BadRequest("keys", f"{size:,} bytes of rows in one call", f"at most {MOST_REPLY_BYTES:,}")
         began = time.perf_counter()
-        for ask in asks:
-            if not is_short(ask.store, keys):
-                return self._in_thread(asks, keys, call, began)
+        if not is_quick or rows > KEYS_ON_LOOP or size > BYTES_ON_LOOP:
+            return self._in_thread(asks, keys, call, began)
         for ask in asks:
             if call.deadline is not None:
                 call.remaining_s(at_most=1.0)  # nobody waits for an answer after the deadline
@@ -150,15 +166,17 @@ class CubeService:
 
     async def _in_thread(self, asks: Sequence[Ask], keys: int, call: Call, began: float) -> None:
         for ask in asks:
-            ask.table.hold(ask.store)
-        try:
-            for ask in asks:
-                call.remaining_s(at_most=1.0)
-                await asyncio.to_thread(ask.run)
-        finally:
-            for ask in asks:
-                ask.table.release(ask.store)
+            call.remaining_s(at_most=1.0)
+            await self._read(ask.table, ask.store, ask.run)
         self._count(asks, keys, began)
+
+    async def _read(self, table: Table, store: Store, work: Callable[[], T]) -> T:
+        """Run work on a store in a thread. Nobody can stop it: the store is held until it is over, not only awaited."""
+        loop = asyncio.get_running_loop()
+        table.hold(store)
+        running = self._threads.submit(work)
+        running.add_done_callback(lambda _: _tell(loop, table.release, store))
+        return await asyncio.wrap_future(running)
 
     def _count(self, asks: Sequence[Ask], keys: int, began: float) -> None:
         for ask in asks:
@@ -176,7 +194,15 @@ class CubeService:
 
     def lookup(self, message: Buffer, call: Call) -> Reply | Awaitable[Reply]:
         """LookupRequest → LookupReply; raises BadRequest, NotServed, DeadlineExceeded."""
-        asks = [self._asked(table) for table in parse(pb.LookupRequest, message).tables]
+        request = parse(pb.LookupRequest, message)
+        if request.shards and (request.shard, request.shards, request.shard_rule or self._place[2]) != self._place:
+            found = f"a lookup for shard {request.shard} of {request.shards}, rule {request.shard_rule}"
+            raise FailedPrecondition(
+                f"shard: found {found}, expected one for {self.shard} of {self.shards}, rule {self._place[2]}"
+            )
+        if len(request.tables) > MOST_TABLES:
+            raise BadRequest("tables", f"{len(request.tables)} in one call", f"at most {MOST_TABLES}")
+        asks = [self._asked(table) for table in request.tables]
         waiting = self.look_up(asks, call)
         return _reply(asks) if waiting is None else _reply_after(waiting, asks)
 
@@ -193,7 +219,7 @@ class CubeService:
             raise BadRequest(f"table {name!r} pooling", asked.pooling, "NONE (0), SUM (1) or MEAN (2)")
         offsets = None
         if asked.pooling:
-            offsets = check_keys(f"table {name!r} offsets", asked.offsets, self._max_keys + 1).astype(np.int64)
+            offsets = check_keys(f"table {name!r} offsets", asked.offsets, self._max_keys).astype(np.int64)
         elif asked.offsets:
             raise BadRequest(f"table {name!r} offsets", f"{len(asked.offsets)} bytes", "none without pooling")
         mean = asked.pooling == pb.MEAN
@@ -215,10 +241,10 @@ class CubeService:
             row_bytes=about.row_bytes,
             total=len(store),
         )
-        yield head.SerializeToString()
         table.hold(store)
         try:
-            while (batch := await asyncio.to_thread(next, batches, None)) is not None:
+            yield head.SerializeToString()
+            while (batch := await self._read(table, store, lambda: next(batches, None))) is not None:
                 large = Large()
                 yield SCAN_REPLY.encode(pb.ScanReply(keys=large.put(batch[0]), rows=large.put(batch[1])), large)
         finally:
@@ -287,6 +313,12 @@ def _wire(version: Version) -> pb.Version:
     return pb.Version(base=version.base, delta=version.delta)
 
 
+def _tell(loop: asyncio.AbstractEventLoop, act: Callable[[Store], None], store: Store) -> None:
+    """Have the loop do something, if it still runs."""
+    with contextlib.suppress(RuntimeError):
+        loop.call_soon_threadsafe(act, store)
+
+
 def is_short(store: Store, keys: int) -> bool:
     """Whether a lookup of so many keys takes no longer than handing it to a thread, and may run on the event loop."""
-    return store.capabilities.fused and keys <= KEYS_ON_LOOP
+    return store.capabilities.fused and keys <= KEYS_ON_LOOP and 4 * store.about.dim * keys <= BYTES_ON_LOOP

@@ -24,47 +24,47 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\ncube.proto\x12\x11\x63ube_serving.cube\"&\n\x07Version\x12\x0c\n\x04\x62\x61se\x18\x01 \x01(\x04\x12\r\n\x05\x64\x65lta\x18\x02 \x01(\x04\"=\n\rLookupRequest\x12,\n\x06tables\x18\x01 \x03(\x0b\x32\x1c.cube_serving.cube.TableKeys\"\xbe\x01\n\tTableKeys\x12\r\n\x05table\x18\x01 \x01(\t\x12+\n\x07version\x18\x02 \x01(\x0b\x32\x1a.cube_serving.cube.Version\x12\x0c\n\x04keys\x18\x03 \x01(\x0c\x12)\n\x06\x66ormat\x18\x04 \x01(\x0e\x32\x19.cube_serving.cube.Format\x12+\n\x07pooling\x18\x05 \x01(\x0e\x32\x1a.cube_serving.cube.Pooling\x12\x0f\n\x07offsets\x18\x06 \x01(\x0c\";\n\x0bLookupReply\x12,\n\x06tables\x18\x01 \x03(\x0b\x32\x1c.cube_serving.cube.TableRows\"\x99\x01\n\tTableRows\x12+\n\x07version\x18\x01 \x01(\x0b\x32\x1a.cube_serving.cube.Version\x12\x0b\n\x03\x64im\x18\x02 \x01(\r\x12\x0c\n\x04rows\x18\x03 \x01(\x0c\x12\r\n\x05\x66ound\x18\x04 \x01(\x0c\x12\x0e\n\x06\x61\x62sent\x18\x05 \x01(\x04\x12\x12\n\nrow_format\x18\x06 \x01(\t\x12\x11\n\trow_bytes\x18\x07 \x01(\r\"]\n\x0bScanRequest\x12\r\n\x05table\x18\x01 \x01(\t\x12+\n\x07version\x18\x02 \x01(\x0b\x32\x1a.cube_serving.cube.Version\x12\x12\n\nbatch_rows\x18\x03 \x01(\r\"\x97\x01\n\tScanReply\x12\x0c\n\x04keys\x18\x01 \x01(\x0c\x12\x0c\n\x04rows\x18\x02 \x01(\x0c\x12+\n\x07version\x18\x03 \x01(\x0b\x32\x1a.cube_serving.cube.Version\x12\x0b\n\x03\x64im\x18\x04 \x01(\r\x12\x12\n\nrow_format\x18\x05 \x01(\t\x12\x11\n\trow_bytes\x18\x06 \x01(\r\x12\r\n\x05total\x18\x07 \x01(\x04\"\x0f\n\rStatusRequest\"\xb5\x01\n\x0bStatusReply\x12\r\n\x05shard\x18\x01 \x01(\r\x12\x0e\n\x06shards\x18\x02 \x01(\r\x12.\n\x06tables\x18\x03 \x03(\x0b\x32\x1e.cube_serving.cube.TableStatus\x12\x0f\n\x07lookups\x18\x04 \x01(\x04\x12\x12\n\nshard_rule\x18\x05 \x01(\t\x12\x0f\n\x07workers\x18\x06 \x01(\r\x12\x10\n\x08uptime_s\x18\x07 \x01(\x01\x12\x0f\n\x07program\x18\x08 \x01(\t\"\xa5\x01\n\x0bTableStatus\x12\r\n\x05table\x18\x01 \x01(\t\x12\x31\n\x08versions\x18\x02 \x03(\x0b\x32\x1f.cube_serving.cube.TableVersion\x12\x12\n\nkeys_found\x18\x03 \x01(\x04\x12\x13\n\x0bkeys_absent\x18\x04 \x01(\x04\x12+\n\x07\x63urrent\x18\x05 \x01(\x0b\x32\x1a.cube_serving.cube.Version\"\xb5\x01\n\x0cTableVersion\x12+\n\x07version\x18\x01 \x01(\x0b\x32\x1a.cube_serving.cube.Version\x12\x0b\n\x03\x64im\x18\x02 \x01(\r\x12\x0c\n\x04keys\x18\x03 \x01(\x04\x12\x12\n\nfile_bytes\x18\x04 \x01(\x04\x12\x12\n\nrow_format\x18\x05 \x01(\t\x12\x0e\n\x06\x65ngine\x18\x06 \x01(\t\x12\x13\n\x0b\x64\x65\x66\x61ult_row\x18\x08 \x01(\x08\x12\x10\n\x08verified\x18\x07 \x01(\t\"L\n\x0eVersionRequest\x12\r\n\x05table\x18\x01 \x01(\t\x12+\n\x07version\x18\x02 \x01(\x0b\x32\x1a.cube_serving.cube.Version\"\x0e\n\x0c\x44rainRequest\"\x0c\n\nDrainReply* \n\x06\x46ormat\x12\n\n\x06\x46LOATS\x10\x00\x12\n\n\x06STORED\x10\x01*&\n\x07Pooling\x12\x08\n\x04NONE\x10\x00\x12\x07\n\x03SUM\x10\x01\x12\x08\n\x04MEAN\x10\x02\x32\xe6\x01\n\x04\x43ube\x12J\n\x06Lookup\x12 .cube_serving.cube.LookupRequest\x1a\x1e.cube_serving.cube.LookupReply\x12J\n\x06Status\x12 .cube_serving.cube.StatusRequest\x1a\x1e.cube_serving.cube.StatusReply\x12\x46\n\x04Scan\x12\x1e.cube_serving.cube.ScanRequest\x1a\x1c.cube_serving.cube.ScanReply0\x01\x32\xbb\x02\n\x0b\x43ubeControl\x12I\n\x04Load\x12!.cube_serving.cube.VersionRequest\x1a\x1e.cube_serving.cube.StatusReply\x12K\n\x06Switch\x12!.cube_serving.cube.VersionRequest\x1a\x1e.cube_serving.cube.StatusReply\x12K\n\x06Unload\x12!.cube_serving.cube.VersionRequest\x1a\x1e.cube_serving.cube.StatusReply\x12G\n\x05\x44rain\x12\x1f.cube_serving.cube.DrainRequest\x1a\x1d.cube_serving.cube.DrainReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\ncube.proto\x12\x11\x63ube_serving.cube\"&\n\x07Version\x12\x0c\n\x04\x62\x61se\x18\x01 \x01(\x04\x12\r\n\x05\x64\x65lta\x18\x02 \x01(\x04\"p\n\rLookupRequest\x12,\n\x06tables\x18\x01 \x03(\x0b\x32\x1c.cube_serving.cube.TableKeys\x12\r\n\x05shard\x18\x02 \x01(\r\x12\x0e\n\x06shards\x18\x03 \x01(\r\x12\x12\n\nshard_rule\x18\x04 \x01(\r\"\xbe\x01\n\tTableKeys\x12\r\n\x05table\x18\x01 \x01(\t\x12+\n\x07version\x18\x02 \x01(\x0b\x32\x1a.cube_serving.cube.Version\x12\x0c\n\x04keys\x18\x03 \x01(\x0c\x12)\n\x06\x66ormat\x18\x04 \x01(\x0e\x32\x19.cube_serving.cube.Format\x12+\n\x07pooling\x18\x05 \x01(\x0e\x32\x1a.cube_serving.cube.Pooling\x12\x0f\n\x07offsets\x18\x06 \x01(\x0c\";\n\x0bLookupReply\x12,\n\x06tables\x18\x01 \x03(\x0b\x32\x1c.cube_serving.cube.TableRows\"\x99\x01\n\tTableRows\x12+\n\x07version\x18\x01 \x01(\x0b\x32\x1a.cube_serving.cube.Version\x12\x0b\n\x03\x64im\x18\x02 \x01(\r\x12\x0c\n\x04rows\x18\x03 \x01(\x0c\x12\r\n\x05\x66ound\x18\x04 \x01(\x0c\x12\x0e\n\x06\x61\x62sent\x18\x05 \x01(\x04\x12\x12\n\nrow_format\x18\x06 \x01(\t\x12\x11\n\trow_bytes\x18\x07 \x01(\r\"]\n\x0bScanRequest\x12\r\n\x05table\x18\x01 \x01(\t\x12+\n\x07version\x18\x02 \x01(\x0b\x32\x1a.cube_serving.cube.Version\x12\x12\n\nbatch_rows\x18\x03 \x01(\r\"\x97\x01\n\tScanReply\x12\x0c\n\x04keys\x18\x01 \x01(\x0c\x12\x0c\n\x04rows\x18\x02 \x01(\x0c\x12+\n\x07version\x18\x03 \x01(\x0b\x32\x1a.cube_serving.cube.Version\x12\x0b\n\x03\x64im\x18\x04 \x01(\r\x12\x12\n\nrow_format\x18\x05 \x01(\t\x12\x11\n\trow_bytes\x18\x06 \x01(\r\x12\r\n\x05total\x18\x07 \x01(\x04\"\x0f\n\rStatusRequest\"\xb5\x01\n\x0bStatusReply\x12\r\n\x05shard\x18\x01 \x01(\r\x12\x0e\n\x06shards\x18\x02 \x01(\r\x12.\n\x06tables\x18\x03 \x03(\x0b\x32\x1e.cube_serving.cube.TableStatus\x12\x0f\n\x07lookups\x18\x04 \x01(\x04\x12\x12\n\nshard_rule\x18\x05 \x01(\t\x12\x0f\n\x07workers\x18\x06 \x01(\r\x12\x10\n\x08uptime_s\x18\x07 \x01(\x01\x12\x0f\n\x07program\x18\x08 \x01(\t\"\xa5\x01\n\x0bTableStatus\x12\r\n\x05table\x18\x01 \x01(\t\x12\x31\n\x08versions\x18\x02 \x03(\x0b\x32\x1f.cube_serving.cube.TableVersion\x12\x12\n\nkeys_found\x18\x03 \x01(\x04\x12\x13\n\x0bkeys_absent\x18\x04 \x01(\x04\x12+\n\x07\x63urrent\x18\x05 \x01(\x0b\x32\x1a.cube_serving.cube.Version\"\xb5\x01\n\x0cTableVersion\x12+\n\x07version\x18\x01 \x01(\x0b\x32\x1a.cube_serving.cube.Version\x12\x0b\n\x03\x64im\x18\x02 \x01(\r\x12\x0c\n\x04keys\x18\x03 \x01(\x04\x12\x12\n\nfile_bytes\x18\x04 \x01(\x04\x12\x12\n\nrow_format\x18\x05 \x01(\t\x12\x0e\n\x06\x65ngine\x18\x06 \x01(\t\x12\x13\n\x0b\x64\x65\x66\x61ult_row\x18\x08 \x01(\x08\x12\x10\n\x08verified\x18\x07 \x01(\t\"L\n\x0eVersionRequest\x12\r\n\x05table\x18\x01 \x01(\t\x12+\n\x07version\x18\x02 \x01(\x0b\x32\x1a.cube_serving.cube.Version\"\x0e\n\x0c\x44rainRequest\"\x0c\n\nDrainReply* \n\x06\x46ormat\x12\n\n\x06\x46LOATS\x10\x00\x12\n\n\x06STORED\x10\x01*&\n\x07Pooling\x12\x08\n\x04NONE\x10\x00\x12\x07\n\x03SUM\x10\x01\x12\x08\n\x04MEAN\x10\x02\x32\xe6\x01\n\x04\x43ube\x12J\n\x06Lookup\x12 .cube_serving.cube.LookupRequest\x1a\x1e.cube_serving.cube.LookupReply\x12J\n\x06Status\x12 .cube_serving.cube.StatusRequest\x1a\x1e.cube_serving.cube.StatusReply\x12\x46\n\x04Scan\x12\x1e.cube_serving.cube.ScanRequest\x1a\x1c.cube_serving.cube.ScanReply0\x01\x32\xbb\x02\n\x0b\x43ubeControl\x12I\n\x04Load\x12!.cube_serving.cube.VersionRequest\x1a\x1e.cube_serving.cube.StatusReply\x12K\n\x06Switch\x12!.cube_serving.cube.VersionRequest\x1a\x1e.cube_serving.cube.StatusReply\x12K\n\x06Unload\x12!.cube_serving.cube.VersionRequest\x1a\x1e.cube_serving.cube.StatusReply\x12G\n\x05\x44rain\x12\x1f.cube_serving.cube.DrainRequest\x1a\x1d.cube_serving.cube.DrainReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'cube_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_FORMAT']._serialized_start=1456
-  _globals['_FORMAT']._serialized_end=1488
-  _globals['_POOLING']._serialized_start=1490
-  _globals['_POOLING']._serialized_end=1528
+  _globals['_FORMAT']._serialized_start=1507
+  _globals['_FORMAT']._serialized_end=1539
+  _globals['_POOLING']._serialized_start=1541
+  _globals['_POOLING']._serialized_end=1579
   _globals['_VERSION']._serialized_start=33
   _globals['_VERSION']._serialized_end=71
   _globals['_LOOKUPREQUEST']._serialized_start=73
-  _globals['_LOOKUPREQUEST']._serialized_end=134
-  _globals['_TABLEKEYS']._serialized_start=137
-  _globals['_TABLEKEYS']._serialized_end=327
-  _globals['_LOOKUPREPLY']._serialized_start=329
-  _globals['_LOOKUPREPLY']._serialized_end=388
-  _globals['_TABLEROWS']._serialized_start=391
-  _globals['_TABLEROWS']._serialized_end=544
-  _globals['_SCANREQUEST']._serialized_start=546
-  _globals['_SCANREQUEST']._serialized_end=639
-  _globals['_SCANREPLY']._serialized_start=642
-  _globals['_SCANREPLY']._serialized_end=793
-  _globals['_STATUSREQUEST']._serialized_start=795
-  _globals['_STATUSREQUEST']._serialized_end=810
-  _globals['_STATUSREPLY']._serialized_start=813
-  _globals['_STATUSREPLY']._serialized_end=994
-  _globals['_TABLESTATUS']._serialized_start=997
-  _globals['_TABLESTATUS']._serialized_end=1162
-  _globals['_TABLEVERSION']._serialized_start=1165
-  _globals['_TABLEVERSION']._serialized_end=1346
-  _globals['_VERSIONREQUEST']._serialized_start=1348
-  _globals['_VERSIONREQUEST']._serialized_end=1424
-  _globals['_DRAINREQUEST']._serialized_start=1426
-  _globals['_DRAINREQUEST']._serialized_end=1440
-  _globals['_DRAINREPLY']._serialized_start=1442
-  _globals['_DRAINREPLY']._serialized_end=1454
-  _globals['_CUBE']._serialized_start=1531
-  _globals['_CUBE']._serialized_end=1761
-  _globals['_CUBECONTROL']._serialized_start=1764
-  _globals['_CUBECONTROL']._serialized_end=2079
+  _globals['_LOOKUPREQUEST']._serialized_end=185
+  _globals['_TABLEKEYS']._serialized_start=188
+  _globals['_TABLEKEYS']._serialized_end=378
+  _globals['_LOOKUPREPLY']._serialized_start=380
+  _globals['_LOOKUPREPLY']._serialized_end=439
+  _globals['_TABLEROWS']._serialized_start=442
+  _globals['_TABLEROWS']._serialized_end=595
+  _globals['_SCANREQUEST']._serialized_start=597
+  _globals['_SCANREQUEST']._serialized_end=690
+  _globals['_SCANREPLY']._serialized_start=693
+  _globals['_SCANREPLY']._serialized_end=844
+  _globals['_STATUSREQUEST']._serialized_start=846
+  _globals['_STATUSREQUEST']._serialized_end=861
+  _globals['_STATUSREPLY']._serialized_start=864
+  _globals['_STATUSREPLY']._serialized_end=1045
+  _globals['_TABLESTATUS']._serialized_start=1048
+  _globals['_TABLESTATUS']._serialized_end=1213
+  _globals['_TABLEVERSION']._serialized_start=1216
+  _globals['_TABLEVERSION']._serialized_end=1397
+  _globals['_VERSIONREQUEST']._serialized_start=1399
+  _globals['_VERSIONREQUEST']._serialized_end=1475
+  _globals['_DRAINREQUEST']._serialized_start=1477
+  _globals['_DRAINREQUEST']._serialized_end=1491
+  _globals['_DRAINREPLY']._serialized_start=1493
+  _globals['_DRAINREPLY']._serialized_end=1505
+  _globals['_CUBE']._serialized_start=1582
+  _globals['_CUBE']._serialized_end=1812
+  _globals['_CUBECONTROL']._serialized_start=1815
+  _globals['_CUBECONTROL']._serialized_end=2130
 # @@protoc_insertion_point(module_scope)

@@ -32,10 +32,16 @@ class Version(_message.Message):
     def __init__(self, base: _Optional[int] = ..., delta: _Optional[int] = ...) -> None: ...
 
 class LookupRequest(_message.Message):
-    __slots__ = ("tables",)
+    __slots__ = ("tables", "shard", "shards", "shard_rule")
     TABLES_FIELD_NUMBER: _ClassVar[int]
+    SHARD_FIELD_NUMBER: _ClassVar[int]
+    SHARDS_FIELD_NUMBER: _ClassVar[int]
+    SHARD_RULE_FIELD_NUMBER: _ClassVar[int]
     tables: _containers.RepeatedCompositeFieldContainer[TableKeys]
-    def __init__(self, tables: _Optional[_Iterable[_Union[TableKeys, _Mapping]]] = ...) -> None: ...
+    shard: int
+    shards: int
+    shard_rule: int
+    def __init__(self, tables: _Optional[_Iterable[_Union[TableKeys, _Mapping]]] = ..., shard: _Optional[int] = ..., shards: _Optional[int] = ..., shard_rule: _Optional[int] = ...) -> None: ...
 
 class TableKeys(_message.Message):
     __slots__ = ("table", "version", "keys", "format", "pooling", "offsets")

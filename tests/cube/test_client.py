@@ -2,6 +2,8 @@
 
 import asyncio
 import contextlib
+import socket
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -11,10 +13,20 @@ from hypothesis import strategies as st
 from stores import built
 
 from cube.client import Ask, BlockingCube, LocalCube, RemoteCube, split, unique
-from cube.errors import BadConfig, BadRequest, DataCorrupt, NotServed, ShardUnavailable
+from cube.errors import (
+    BadConfig,
+    BadRequest,
+    DataCorrupt,
+    DeadlineExceeded,
+    FailedPrecondition,
+    NotServed,
+    ShardUnavailable,
+    Unavailable,
+)
 from cube.keys import ShardRule, shards_of
 from cube.pb import cube_pb2 as pb
 from cube.rpc.channel import Channel
+from cube.rpc.routing import Options, Policy
 from cube.service import LOOKUP, STATUS
 from cube.version import Version
 from trainer_tools.demo import started
@@ -266,7 +278,7 @@ class FakeShard:
         keys = np.arange(21, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
         self.shard, self.keys = shard, set(keys[shards_of(keys, 2) == shard].tolist())
 
-    async def call(self, path, message, timeout_s, wait_for_ready=False, *, metadata=()):
+    async def call(self, path, message, timeout_s, wait_for_ready=False, *, metadata=(), key=None):
         if path == STATUS:
             versions = [pb.TableVersion(version=pb.Version(base=base), dim=2) for base in (2, 1)]
             table = pb.TableStatus(table="t", versions=versions, current=pb.Version(base=2))
@@ -330,6 +342,8 @@ def test_threads_ask_through_a_blocking_cube(data, shards):
         with pytest.raises(NotServed):
             cube.lookup([Ask("nowhere", KEYS)], 5)
     cube.close()
+    with pytest.raises(Unavailable, match="the cube is closed"):
+        cube.gather("t", None, KEYS, 5)
     with pytest.raises(BadConfig, match="row cache: found 1 bytes"):
         BlockingCube(lambda: RemoteCube(shards, cache_bytes=1))
 
@@ -380,3 +394,74 @@ def test_a_client_follows_what_operators_load_switch_and_unload(tmp_path):
         serve = ("cube-server", "--shards", 2, "--data", tmp_path / "data", "--shard")
         addresses = [processes.enter_context(started(*serve, shard)) for shard in range(2)]
         assert asyncio.run(work(addresses)) == {1, 2, 3}
+
+
+def test_a_server_of_another_shard_among_the_replicas_is_never_believed(shards):
+    zero, one = shards
+
+    async def work():
+        async with RemoteCube([f"list://{zero},{one}", one]) as cube:
+            while True:  # `open` asks one of them only
+                with contextlib.suppress(BadConfig):
+                    await cube.open(TABLES, wait_s=5)
+                    break
+            for _ in range(40):
+                with contextlib.suppress(FailedPrecondition):
+                    assert (await cube.gather("t", Version(2), KEYS, 5)).found.all()
+
+    asyncio.run(work())
+
+
+def test_who_has_less_time_does_not_wait_for_who_has_more():
+    """Nobody answers there: a listening socket that says nothing."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = f"127.0.0.1:{silent.getsockname()[1]}"
+
+        async def work():
+            async with RemoteCube([address]) as cube:
+                patient = asyncio.ensure_future(cube.gather("t", None, KEYS, 30))
+                await asyncio.sleep(0.05)
+                began = time.monotonic()
+                with pytest.raises((DeadlineExceeded, ShardUnavailable)):
+                    await cube.gather("t", None, KEYS, 0.2)
+                assert time.monotonic() - began < 5
+                patient.cancel()
+                with pytest.raises(asyncio.CancelledError):
+                    await patient
+
+        asyncio.run(work())
+
+
+def test_a_first_lookup_needs_only_the_shards_that_are_there(shards):
+    async def work():
+        async with RemoteCube([shards[0], "127.0.0.1:1"]) as cube:
+            return await cube.lookup([Ask("t", KEYS)], 5, partial=True)
+
+    answer = asyncio.run(work())
+    assert list(answer.unavailable) == [1]
+    here = split(KEYS, 2, ShardRule.MIX)[0]
+    assert np.array_equal(answer.tables[0].rows[here], ROWS[here])
+    assert answer.tables[0].found.sum() == here.size
+
+
+def test_the_same_keys_go_to_the_same_replica_by_consistent_hash(data):
+    serve = ("cube-server", "--shard", 0, "--shards", 2, "--data", data)
+    with started(*serve) as one, started(*serve) as two:
+
+        async def work():
+            async with RemoteCube(
+                [f"list://{one},{two}", "127.0.0.1:1"], options=Options(policy=Policy.CONSISTENT_HASH)
+            ) as cube:
+                mine, used = KEYS[split(KEYS, 2, ShardRule.MIX)[0]], []
+                for start in range(0, 200, 10):
+                    counts = []
+                    for _ in range(5):
+                        before = {r.target: r.calls for r in cube.balancers[0].status_of()}
+                        await cube.gather("t", Version(2), mine[start : start + 10], 5)
+                        counts += [r.target for r in cube.balancers[0].status_of() if r.calls > before.get(r.target, 0)]
+                    used.append(set(counts))
+                return used
+
+        used = asyncio.run(work())
+    assert sum(len(replicas) > 1 for replicas in used) <= 1  # the first one asked what they serve, too
+    assert set().union(*used) == {one, two}

@@ -12,7 +12,7 @@ from cube.client import Ask, LocalCube, RemoteCube
 from cube.cluster import Access, Cubes, cluster_at, legacy_tables, open_cube
 from cube.errors import BadConfig, NotServed, ShardUnavailable
 from cube.keys import ShardRule
-from cube.rpc.routing import Policy
+from cube.rpc.routing import Options, Policy
 from cube.version import Version
 
 KEYS = np.random.default_rng(5).integers(0, 2**64, 300, dtype=np.uint64)
@@ -63,11 +63,26 @@ def test_a_prototxt_with_targets_of_any_kind_and_a_rule(tmp_path):
         ("nowhere", "nowhere"),
         ("a:1|a:1", "a:1"),
         ("a:99999", "99999"),
+        ("list://a:1,b:2", r"expected shards separated by commas, replicas of a shard by \|"),
     ],
 )
 def test_texts_that_name_no_cube_are_refused(text, message):
     with pytest.raises(BadConfig, match=message):
         cluster_at(text)
+
+
+def test_a_prototxt_says_how_replicas_are_treated(tmp_path):
+    path = tmp_path / "cube.prototxt"
+    path.write_text(
+        'shard { address: "a:1" } '
+        'replicas { policy: "consistent hash" retries: 0 hedge: 0.9 hedge_share: 0.2 timeout_ms: 250 }'
+    )
+    found = cluster_at(str(path))
+    assert found.options == Options(policy=Policy.CONSISTENT_HASH, retries=0, hedge=0.9, hedge_share=0.2)
+    assert found.most_timeout_s == 0.25
+    path.write_text('shard { address: "a:1" } replicas { policy: "best" }')
+    with pytest.raises(BadConfig, match="replicas policy: found 'best', expected round robin, weighted, least loaded"):
+        cluster_at(str(path))
 
 
 def test_a_prototxt_without_shards_is_refused(tmp_path):
@@ -89,7 +104,8 @@ def test_a_directory_is_a_local_cube(tmp_path):
 def test_the_ancestors_file_says_where_its_tables_are(conf):
     tables = legacy_tables(conf([TEST_DICT, USERS]))
     assert list(tables) == ["test_dict", "users"]
-    shards, rule, options = tables["test_dict"]
+    shards, rule, options, timeout_s = tables["test_dict"]
+    assert timeout_s == 0.2
     assert (shards, rule) == (("list://127.0.0.1:8027",), ShardRule.MODULO)
     assert (options.policy, options.retries, options.hedge) == (Policy.ROUND_ROBIN, 3, 0.95)
     assert (options.hedge_floor_s, options.hedge_ceiling_s) == (0.1, 0.1)
@@ -104,6 +120,7 @@ def test_the_ancestors_file_says_where_its_tables_are(conf):
         ({"nodes": USERS["nodes"][:1]}, "nodes: found 1 nodes, expected 2"),
         ({"nodes": [{"ipport_list": "list://a:1"}] * 2}, r'nodes\[0\]: found .*, expected {"ip"'),
         ({"nodes": [{"ip": "a", "port": 70000}, {"ip": "b", "port": 1}]}, r"nodes\[0\]"),
+        ({"nodes": [{"ip": "list://a:1,b", "port": 1}] * 2}, r"nodes\[0\]: found"),
         ({"nodes": "a:1"}, r"Expected `array`, got `str` - at `\$\[0\]\.nodes`"),
         ({"type": "ipport_parallel"}, "type: found ipport_parallel, expected ipport"),
         ({"type": "ip"}, "Invalid enum value 'ip'"),
@@ -135,6 +152,13 @@ def test_what_the_ancestor_took_for_granted_is_checked(conf, change, message):
 def test_files_that_are_no_such_thing_are_refused(conf, content, message):
     with pytest.raises(BadConfig, match=message):
         legacy_tables(conf(content))
+
+
+def test_bytes_that_are_no_text_are_refused(tmp_path):
+    path = tmp_path / "cube.conf"
+    path.write_bytes(b'[{"dict_name": "\xff"}]')
+    with pytest.raises(BadConfig, match=r"cube\.conf: found"):
+        legacy_tables(path)
 
 
 def test_a_file_that_is_not_there_is_named(tmp_path):

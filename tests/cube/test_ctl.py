@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from stores import built
 
+from cube.keys import ShardRule
 from cube.version import Version
 from trainer_tools.demo import started
 
@@ -186,6 +187,21 @@ def test_bench_times_lookups_of_keys_that_are_there(ctl, cube, options):
 def test_bench_needs_servers_and_a_table(ctl, cube, command, data):
     assert "table 'x'" in ctl(cube, "bench", "x")[1]
     assert "expected servers" in command("cube-ctl", "bench", "--cube", data, "t").stderr
+
+
+def test_the_ancestors_file_says_where_to_look(ctl, cube, data, tmp_path, server, command):
+    built(tmp_path / "own", "u", Version(1), KEYS, np.ones((100, 2)), shards=1, shard_rule=ShardRule.MODULO)
+    start = ("cube-server", "--shard", 0, "--shards", 1, "--data", tmp_path / "own", "--shard-rule", "modulo")
+    host, port = server(*start).split(":")
+    entry = {"dup": 1, "timeout": 2000, "retry": 1, "backup_request": 0, "type": "ipport"}
+    node = {"ip": host, "port": int(port)}
+    conf = tmp_path / "cube.conf"
+    conf.write_text(json.dumps([{"dict_name": "u", "shard": 1, "nodes": [node]} | entry]))
+    assert [(row["shard"], row["state"]) for row in ctl(conf, "status")[1]] == [(0, "up")]
+    assert ctl(conf, "tables")[1][0]["table"] == "u"
+    assert [row["found"] for row in ctl(conf, "lookup", "u", 5, 1000)[1]] == [True, False]
+    assert ctl(conf, "bench", "u", "--keys", 5, "--seconds", 1)[0] == 0
+    assert "found 'x', expected one of u" in ctl(conf, "bench", "x")[1]
 
 
 def test_a_token_is_shown_to_servers_that_ask_for_it(tmp_path, cube, data, server, command):

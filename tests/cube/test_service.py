@@ -1,6 +1,7 @@
 """The lookup service itself: formats, pooling, scans, limits. Over a socket where that could make a difference."""
 
 import asyncio
+import threading
 import time
 
 import numpy as np
@@ -9,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from stores import segment_of
 
-from cube.errors import BadRequest, DeadlineExceeded, NotServed
+from cube.errors import BadRequest, DeadlineExceeded, FailedPrecondition, NotServed
 from cube.pb import cube_pb2 as pb
 from cube.rows import RowFormat
 from cube.rpc.calls import Call
@@ -111,10 +112,53 @@ def test_what_makes_no_sense_is_refused_by_name(service, asked, message):
         answer(service, **({"keys": KEYS[:2].tobytes()} | asked))
 
 
+@pytest.mark.parametrize("said", [(1, 1, 0), (0, 2, 0), (0, 1, 2)])
+def test_a_lookup_meant_for_another_server_is_refused(service, said):
+    shard, shards, rule = said
+    asked = [pb.TableKeys(table="t", keys=KEYS[:3].tobytes())]
+    meant = pb.LookupRequest(tables=asked, shard=shard, shards=shards, shard_rule=rule)
+    with pytest.raises(FailedPrecondition, match=r"shard: found .*, expected one for 0 of 1, rule 1"):
+        service.lookup(meant.SerializeToString(), Call(LOOKUP))
+    right = pb.LookupRequest(tables=asked, shard=0, shards=1, shard_rule=1)
+    assert service.lookup(right.SerializeToString(), Call(LOOKUP))
+
+
+def test_tables_of_a_call_are_counted(service):
+    many = pb.LookupRequest(tables=[pb.TableKeys(table="t") for _ in range(1025)])
+    with pytest.raises(BadRequest, match="tables: found 1025 in one call, expected at most 1024"):
+        service.lookup(many.SerializeToString(), Call(LOOKUP))
+
+
+def test_bags_and_bytes_of_rows_count_as_keys_do(tmp_path):
+    service, _ = service_of(tmp_path, max_keys=100_000)
+    bags = np.zeros(100_001, "<u8")
+    with pytest.raises(BadRequest, match="offsets: found 100001 keys, expected at most 100000"):
+        answer(service, keys=b"", pooling=pb.SUM, offsets=bags.tobytes())
+    waiting = service.lookup(
+        pb.LookupRequest(
+            tables=[pb.TableKeys(table="t", pooling=pb.SUM, offsets=bags[:30_000].tobytes())]
+        ).SerializeToString(),
+        Call(LOOKUP),
+    )
+    assert asyncio.iscoroutine(waiting)  # it runs in a thread
+    asyncio.run(_result(waiting))
+
+
+def test_rows_of_more_bytes_than_clients_take_are_refused_before_they_are_made(tmp_path):
+    wide = segment_of(tmp_path / "0-of-1.seg", [1, 2], np.ones((2, 1000)))
+    service = CubeService({"t": Table("t", {Version(7): wide})}, 0, 1)
+    with pytest.raises(BadRequest, match="keys: found 400,000,000 bytes of rows in one call, expected at most 268,435"):
+        answer(service, keys=bytes(8 * 100_000))
+    asked = pb.LookupRequest(tables=[pb.TableKeys(table="t", keys=bytes(8 * 1_000))]).SerializeToString()
+    waiting = service.lookup(asked, Call(LOOKUP))
+    assert asyncio.iscoroutine(waiting)  # 4 MB are no work for the loop
+    asyncio.run(_result(waiting))
+
+
 def test_keys_are_counted_over_all_tables_of_a_call(tmp_path):
     service, _ = service_of(tmp_path, max_keys=10)
     parts = [pb.TableKeys(table="t", keys=KEYS[:6].tobytes()) for _ in range(2)]
-    with pytest.raises(BadRequest, match="keys: found 12 in one call, expected at most 10"):
+    with pytest.raises(BadRequest, match="keys: found 12 keys or bags in one call"):
         service.lookup(pb.LookupRequest(tables=parts).SerializeToString(), Call(LOOKUP))
 
 
@@ -137,23 +181,42 @@ def test_a_meter_is_told_of_every_answer_here_and_in_threads(tmp_path):
     assert service.lookups == 2
 
 
-def test_a_store_is_held_while_a_thread_reads_it(tmp_path):
+@pytest.mark.parametrize("gives_up", [False, True], ids=["waits", "gives up"])
+def test_a_store_is_held_as_long_as_a_thread_reads_it(tmp_path, gives_up):
+    """Also where the caller has gone: nobody can stop the thread."""
     service, store = service_of(tmp_path)
-    held = []
-    table = service.tables["t"]
-    table.hold = lambda store: held.append(store)
-    table.release = held.remove
+    table, events = service.tables["t"], []
+    begun, may_end = threading.Event(), threading.Event()
+    lookup = store.lookup
+
+    def slow(*args):
+        begun.set()
+        assert may_end.wait(10)
+        events.append("read")
+        return lookup(*args)
+
+    store.lookup = slow
+    table.hold = lambda store: events.append("held")
+    table.release = lambda store: events.append("released")
 
     async def work():
         request = pb.LookupRequest(tables=[pb.TableKeys(table="t", keys=np.resize(KEYS, 30_000).tobytes())])
         task = asyncio.ensure_future(service.lookup(request.SerializeToString(), Call(LOOKUP)))
-        await asyncio.sleep(0)
-        during = list(held)
-        await task
-        return during
+        await asyncio.to_thread(begun.wait, 10)
+        if gives_up:
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+        assert events == ["held"]
+        may_end.set()
+        end = time.monotonic() + 10
+        while "released" not in events and time.monotonic() < end:
+            await asyncio.sleep(0.01)
+        assert events == ["held", "read", "released"]
+        if not gives_up:
+            await task
 
-    assert asyncio.run(work()) == [store]
-    assert held == []
+    asyncio.run(work())
 
 
 async def scanned(service, **asked):
