@@ -10,7 +10,10 @@ What is sent again, and when:
   without an answer; of calls that are not idempotent only what the server is known not to have processed;
 * while the deadline, `Options.retries` and the retry budget allow. The budget is spared where a connection was refused
   or lost and another replica is in: the first is asked nothing more, so there is nothing to make worse;
-* what a replica refused for overload, once, and only if there is another one.
+* what a replica refused for overload, once, and only if there is another one;
+* what a replica has not (NOT_FOUND, FAILED_PRECONDITION, UNIMPLEMENTED) is asked of one other, if the call is
+  idempotent and `Options.retries` is not 0. Unless that one answers, the first refusal is the call's error. It has a
+  budget of its own (`routing.OpinionBudget`, as large): wrong calls make a tenth more, and take no retries away.
 """
 
 import asyncio
@@ -33,6 +36,7 @@ from cube.rpc.routing import (
     OK,
     HedgeCap,
     HedgeDelay,
+    OpinionBudget,
     Options,
     Outcome,
     Policy,
@@ -48,6 +52,8 @@ MOST_PAUSE_S = 0.25  # between two looks of a call that waits for a server to be
 
 # Of the status codes, those that are a replica's fault. The others are its right answers to wrong calls.
 _FAULTS = {"UNAVAILABLE", "INTERNAL", "UNKNOWN", "DATA_LOSS", "DEADLINE_EXCEEDED"}
+# And those by which a replica says that it has not what is asked for.
+_LACKS = {"NOT_FOUND", "FAILED_PRECONDITION", "UNIMPLEMENTED"}
 
 
 class ReplicaFacts(NamedTuple):
@@ -67,10 +73,10 @@ class Counters:
     """What a balancer has done so far."""
 
     calls: int = 0
-    retries: int = 0
+    retries: int = 0  # calls sent again, refusals taken to another replica among them
     hedges: int = 0
     hedge_wins: int = 0  # hedges whose answer was the call's
-    budget_refusals: int = 0  # retries that the budget forbade
+    budget_refusals: int = 0  # retries that a budget forbade
 
 
 class Balancer:
@@ -96,6 +102,7 @@ class Balancer:
         self._replicas.update(self._naming.known)
         self._channels: dict[Replica, Channel] = {}
         self._budget = RetryBudget(self.options.retry_ratio, self.options.retry_saved)
+        self._opinions = OpinionBudget(self.options.retry_ratio, self.options.retry_saved)
         self._cap = HedgeCap(self.options.hedge_share)
         self._delay: HedgeDelay | None = None
         if self.options.hedge is not None:
@@ -125,7 +132,8 @@ class Balancer:
         key: chooses the replica if the policy is CONSISTENT_HASH. idempotent: it does no harm if the servers process
         the call more than once. wait_for_ready: wait until the target is known and one replica can be connected to.
 
-        Raises the last attempt's error; DeadlineExceeded only when the deadline is over, or a server said so.
+        Raises the last attempt's error, or the refusal of a replica that had not what no other one answered either;
+        DeadlineExceeded only when the deadline is over, or a server said so.
         """
         now = monotonic()
         deadline = math.inf if timeout_s is None else now + timeout_s
@@ -135,6 +143,7 @@ class Balancer:
             now = monotonic()
         self.counters.calls += 1
         self._budget.add_call()
+        self._opinions.add_call()
         replica = replicas.pick(now, (), key)
         assert replica is not None  # there are replicas, and none is to be avoided
         retries, extras = self.options.retries, (metadata, compression, max_reply_bytes)
@@ -144,9 +153,11 @@ class Balancer:
         if self._delay is not None and idempotent:
             call = _Call(path, message, extras, deadline, wait_for_ready, idempotent, key, retries)
             try:
-                return await self._ask_hedged(call, replica, part_s, now, self._delay)
+                reply = await self._ask_hedged(call, replica, part_s, now, self._delay)
             except ServingError as error:
                 return await self._persist(call, replica, error)
+            self._judge(call, is_answered=True)
+            return reply
         # The same as _ask, with nothing made that only a call in trouble needs.
         channel = self._channels.get(replica) or self._open(replica)
         replicas.begin(replica, now)
@@ -243,6 +254,8 @@ class Balancer:
         outcome, ran_out = Outcome.ABANDONED, False
         if isinstance(error, ServingError):
             outcome = _outcome(error, channel.is_connected)
+            if outcome is Outcome.LACKING and not (call.idempotent and call.retries_left):
+                outcome = Outcome.REFUSED  # nobody else is to be asked
             if isinstance(error, DeadlineExceeded) and part_s is not None:
                 # nine tenths: the server's clock, which may have said it, started later but runs to a rounded time-out
                 ran_out = began + part_s < call.deadline - 1e-6 and now - began >= 0.9 * part_s
@@ -265,12 +278,17 @@ class Balancer:
             replica, part_s = chosen, None
             if call.deadline != math.inf:
                 part_s = max(call.deadline - now, 0.0)  # none may be left after a pause
-                if call.idempotent and self._replicas.has_other(replica):
+                if call.idempotent and call.refusal is None and self._replicas.has_other(replica):
                     part_s = attempt_timeout(part_s, call.retries_left + 1, replica.latency_s)
             try:
-                return await self._ask(call, replica, part_s, now)
+                reply = await self._ask(call, replica, part_s, now)
             except ServingError as failed:
                 error = failed
+            else:
+                if call.refusal is not None:
+                    self._opinions.was_answered()
+                self._judge(call, is_answered=True)
+                return reply
 
     async def _ask_hedged(
         self, call: "_Call", replica: Replica, part_s: float | None, now: float, delay: HedgeDelay
@@ -323,6 +341,9 @@ class Balancer:
     def _again(self, call: "_Call", replica: Replica, error: ServingError) -> tuple[float, Replica | None]:
         """After a failure: seconds to wait, and the replica then (None: whichever). Raises what is the call's error."""
         now = monotonic()
+        self._judge(call, is_answered=False)
+        if call.refusal is not None:
+            raise call.refusal
         if self._closing.is_set():
             raise error
         if now >= call.deadline:
@@ -330,6 +351,8 @@ class Balancer:
                 raise _too_late(f"{call.path}: no replica within the deadline ({error})") from error
             raise error
         outcome, part_s = call.failures[replica]
+        if outcome is Outcome.LACKING:
+            return 0.0, self._other_opinion(call, replica, error, now)
         final = error
         if part_s is not None:
             final = Unavailable(f"{call.path}: no answer within {part_s:.3g} s [{replica.target}]")
@@ -360,6 +383,26 @@ class Balancer:
         call.retries_left -= 1
         self.counters.retries += 1
         return pause_s, other
+
+    def _other_opinion(self, call: "_Call", replica: Replica, error: ServingError, now: float) -> Replica:
+        """Whom to ask for what one replica has not. Raises its error if that stands already."""
+        call.refusal = error
+        call.tried += (replica,)
+        other = self._replicas.pick(now, call.tried, call.key)
+        if other is None or len(call.lacking()) > 1:
+            raise error
+        if not self._opinions.may_ask():
+            self.counters.budget_refusals += 1
+            raise error
+        self.counters.retries += 1
+        return other
+
+    def _judge(self, call: "_Call", is_answered: bool) -> None:
+        """The replicas that had not what this call asks for, now that another has answered, or refused as well."""
+        if call.failures and (lacking := call.lacking()) and (is_answered or len(lacking) > 1):
+            now = monotonic()
+            for replica in lacking:
+                self._replicas.judge(replica, now, is_behind=is_answered)
 
     async def _pause(self, seconds: float) -> None:
         with contextlib.suppress(TimeoutError):
@@ -447,6 +490,7 @@ class _Call:
     tried: tuple[Replica, ...] = ()  # in this round
     failures: Mapping[Replica, _Failure] = {}  # replaced, not added to
     was_overload = False  # a replica has refused it for overload
+    refusal: ServingError | None = None  # of a replica that has not what it asks for; stands unless another answers
     rounds = 0  # how often all replicas had been asked
 
     def __init__(
@@ -463,6 +507,9 @@ class _Call:
         self.path, self.message, self.retries_left = path, message, retries_left
         self.extras = extras  # metadata, compression, max_reply_bytes
         self.deadline, self.wait_for_ready, self.idempotent, self.key = deadline, wait_for_ready, idempotent, key
+
+    def lacking(self) -> list[Replica]:
+        return [replica for replica, failure in self.failures.items() if failure.outcome is Outcome.LACKING]
 
 
 class _Hedge:
@@ -540,4 +587,6 @@ def _outcome(error: ServingError, is_connected: bool) -> Outcome:
         return Outcome.UNREACHABLE
     if isinstance(error, Overloaded) and error.wire.retry:
         return Outcome.OVERLOADED
+    if code in _LACKS:
+        return Outcome.LACKING
     return Outcome.FAILED if code in _FAULTS else Outcome.REFUSED

@@ -7,6 +7,10 @@ calls: "ejected") and when it cannot be connected to ("unreachable"). When its t
 out: an answer brings it in, a failure keeps it out for longer. As long as one is in, those that are out are asked
 nothing else. At most half are ejected, for what fails everywhere is rarely the replicas' fault; when none is in, those
 that were ejected are asked all the same, and when there are none of these either, those that are unreachable.
+
+A refusal is an answer, and a quick one: it must not make a replica look fast. One that says it has not what is asked
+for may be behind the others (a version not loaded yet) or not what it is taken for (another shard's server at a reused
+address). So another is asked, and what that says decides how the first has done (`Replicas.judge`).
 """
 
 import enum
@@ -46,6 +50,7 @@ class Outcome(enum.Enum):
 
     OK = "ok"
     REFUSED = "refused"  # an error that is the caller's fault: the replica is fine, its latency not typical
+    LACKING = "lacking"  # it has not what is asked for, which another may have: `Replicas.judge` says whose fault it is
     OVERLOADED = "overloaded"  # fine, but busier than it looks: an early refusal must not attract calls
     FAILED = "failed"  # an error that is the replica's fault, or no answer in time
     UNREACHABLE = "unreachable"  # no connection
@@ -196,18 +201,32 @@ class Replicas:
             if replica.out_until is not None:
                 self._answered(replica, now)
             return
-        if outcome in (Outcome.REFUSED, Outcome.OVERLOADED):
-            replica.failures_in_row = 0
-            if replica.out_until is not None:
-                self._answered(replica, now)
-            if outcome is Outcome.OVERLOADED:
-                self._expect(replica, now, min(2 * max(_expected(replica, now), LEAST_LATENCY_S), BUSY_MOST_S))
+        if outcome in (Outcome.REFUSED, Outcome.OVERLOADED, Outcome.LACKING):
+            if outcome is not Outcome.LACKING or not self.has_other(replica):
+                self._was_right(replica, now)
+            self._expect(replica, now, min(2 * max(_expected(replica, now), LEAST_LATENCY_S), BUSY_MOST_S))
             return
         self._expect(replica, now, latency_s)
         if outcome is not Outcome.ABANDONED:
             self._failed(replica, now, outcome is Outcome.UNREACHABLE)
 
+    def judge(self, replica: Replica, now: float, is_behind: bool) -> None:
+        """What another replica says of a call that ended as LACKING at this one; not told if that one said nothing.
+
+        is_behind: the other one has answered, so this one has failed. Else it has refused too, and the caller is wrong.
+        """
+        if is_behind:
+            self._failed(replica, now, is_unreachable=False)
+        else:
+            self._was_right(replica, now)
+
     # ---- in and out ----
+
+    def _was_right(self, replica: Replica, now: float) -> None:
+        """It has refused, as any replica would have."""
+        replica.failures_in_row = 0
+        if replica.out_until is not None:
+            self._answered(replica, now)
 
     def _failed(self, replica: Replica, now: float, is_unreachable: bool) -> None:
         options = self._options
@@ -372,6 +391,25 @@ class RetryBudget(_Allowance):
     def may_retry(self) -> bool:
         """Whether one more retry may be made; if so, it is paid for."""
         return self._take()
+
+
+class OpinionBudget(_Allowance):
+    """How many refusals may be taken to another replica: a share of the calls, not counting those it answers.
+
+    Apart from the retry budget: wrong calls, which every replica refuses, neither double the load nor use up what
+    right calls need when a server stops. A replica that lacks something costs nothing here, and is soon out.
+    """
+
+    def __init__(self, ratio: float = 0.1, most: float = 20.0):
+        super().__init__(ratio, most, most)
+
+    def may_ask(self) -> bool:
+        """Whether another replica may be asked; if so, it is paid for."""
+        return self._take()
+
+    def was_answered(self) -> None:
+        """The other replica had what the first one lacked: not a wrong call, so it is paid back."""
+        self._saved = min(self._saved + 1, self._most)
 
 
 class HedgeCap(_Allowance):

@@ -329,7 +329,7 @@ def test_ejected_and_recovered():
     run(work)
 
 
-@pytest.mark.parametrize("error", [BadRequest("k", 1, 2), NotServed("t", []), StatusError("UNAUTHENTICATED", "who?")])
+@pytest.mark.parametrize("error", [BadRequest("k", 1, 2), StatusError("UNAUTHENTICATED", "who?")])
 def test_the_callers_faults_are_not_the_replicas(error):
     async def work():
         async with serving(fails(error), fails(error)) as servers, balancer_of(servers) as balancer:
@@ -339,6 +339,152 @@ def test_the_callers_faults_are_not_the_replicas(error):
                 assert caught.value.status.code == error.wire.grpc
             assert [server.asked for server in servers] == [5, 5]
             assert not any(facts.failures for facts in balancer.status_of())
+
+    run(work)
+
+
+LACKS = ["NOT_FOUND", "FAILED_PRECONDITION", "UNIMPLEMENTED"]
+
+
+def lacks_version_1(code):
+    def answer(message):
+        if message == b"1@0":
+            raise StatusError(code, f"{bytes(message)!r} is not here")
+        return message
+
+    return answer
+
+
+@pytest.mark.parametrize("code", LACKS)
+@pytest.mark.parametrize("policy", Policy)
+def test_what_one_replica_lacks_another_answers(code, policy):
+    """No call fails, and the one that is behind is left out; once it is not, it is asked as before."""
+
+    async def work():
+        async with serving(lacks_version_1(code), None) as servers:
+            behind, ahead = servers
+            async with balancer_of(servers, policy=policy, eject_s=0.3, eject_most_s=0.3) as balancer:
+                for key in range(200):
+                    assert await balancer.call(ASK, b"1@0", 5, key=key) == b"1@0"
+                assert 0 < behind.asked <= 10  # three, and now and then one to find out
+                assert facts(balancer, behind).ejected_until is not None
+                assert facts(balancer, behind).failures == balancer.counters.retries == behind.asked
+                assert facts(balancer, ahead).failures == 0
+                assert balancer.counters.budget_refusals == 0
+                behind.answer = None
+                await asyncio.sleep(0.4)
+                for key in range(100):
+                    assert await balancer.call(ASK, b"1@0", 5, key=key) == b"1@0"
+                assert facts(balancer, behind).ejected_until is None
+
+    run(work)
+
+
+def test_a_replica_that_lacks_something_rarely_asked_for_stays_in():
+    """More of these calls than the budget would allow, but none of them is wrong."""
+
+    async def work():
+        lacking = lacks_version_1("NOT_FOUND")
+        async with serving(lacking, None) as servers, balancer_of(servers, retry_saved=2) as balancer:
+            for _ in range(100):
+                for message in (b"1@0", b"2@0", b"2@0"):  # of three calls each has every second
+                    assert await balancer.call(ASK, message, 5) == message
+            assert balancer.counters.retries == facts(balancer, servers[0]).failures == 50
+            assert facts(balancer, servers[0]).ejected_until is None
+
+    run(work)
+
+
+@pytest.mark.parametrize("code", LACKS)
+def test_what_all_lack_is_the_callers_fault(code):
+    """The first one's error, few calls more, and nobody suffers for it: neither the replicas nor real retries."""
+
+    async def work():
+        numbers = iter(range(1000))
+
+        def refuse(message):
+            if message == b"right":
+                raise StatusError("UNAVAILABLE", "not now")
+            raise StatusError(code, f"refusal {next(numbers)}")
+
+        async with serving(refuse, refuse, refuse) as servers, balancer_of(servers, retry_saved=5) as balancer:
+            expected = 0
+            for _ in range(100):
+                had = balancer.counters.retries
+                with pytest.raises(ServingError, match=f"^refusal {expected}( |$)") as caught:
+                    await balancer.call(ASK, b"wrong", 5)
+                assert caught.value.status.code == code
+                expected += 1 + balancer.counters.retries - had
+            assert sum(server.asked for server in servers) == 100 + balancer.counters.retries
+            assert 14 <= balancer.counters.retries <= 15
+            assert balancer.counters.budget_refusals == 100 - balancer.counters.retries
+            assert not any(facts.failures or facts.ejected_until for facts in balancer.status_of())
+            had = balancer.counters.retries
+            with pytest.raises(Unavailable, match="not now"):
+                await balancer.call(ASK, b"right", 5)
+            assert balancer.counters.retries == had + 2
+
+    run(work)
+
+
+@pytest.mark.parametrize(("options", "idempotent"), [({}, False), ({"retries": 0}, True)])
+def test_a_refusal_is_not_taken_elsewhere(options, idempotent):
+    async def work():
+        refusing = fails(NotServed("t", []))
+        async with serving(refusing, refusing) as servers, balancer_of(servers, **options) as balancer:
+            for _ in range(10):
+                with pytest.raises(NotServed):
+                    await balancer.call(ASK, b"", 5, idempotent=idempotent)
+            assert [server.asked for server in servers] == [5, 5]
+            assert not any(facts.failures for facts in balancer.status_of())
+
+    run(work)
+
+
+@pytest.mark.parametrize(
+    "other", [StatusError("UNAVAILABLE", "not now"), Internal("oops"), Overloaded("busy"), BadRequest("k", 1, 2), None]
+)
+def test_a_refusal_stands_unless_another_replica_answers(other):
+    """Whatever goes wrong there, and only one is asked."""
+
+    async def work():
+        unable = fails(other) if other else hangs
+        async with serving(unable, unable, unable) as servers, balancer_of(servers) as balancer:
+            servers[1].answer = fails(NotServed("t", []))  # whose turn is first
+            with pytest.raises(NotServed, match="t: not served here"):
+                await balancer.call(ASK, b"", 0.3)
+            assert [server.asked for server in servers].count(1) == 2
+            assert facts(balancer, servers[1]).failures == 0  # nobody has said that it should have it
+
+    run(work)
+
+
+def test_one_that_was_behind_is_back_when_it_lacks_no_more_than_others():
+    async def work():
+        async with serving(fails(NotServed("t", [])), None) as servers, balancer_of(servers, eject_s=0.1) as balancer:
+            for _ in range(10):
+                await balancer.call(ASK, b"", 5)
+            assert facts(balancer, servers[0]).ejected_until is not None
+            servers[1].answer = servers[0].answer
+            await asyncio.sleep(0.2)
+            with pytest.raises(NotServed):
+                await balancer.call(ASK, b"", 5)
+            assert facts(balancer, servers[0]).ejected_until is None
+
+    run(work)
+
+
+def test_after_a_refusal_the_other_has_all_the_time_that_is_left():
+    async def work():
+        async def slow(message):
+            await asyncio.sleep(1)
+            return message
+
+        async with serving(slow, slow, slow) as servers, balancer_of(servers) as balancer:
+            servers[1].answer = fails(NotServed("t", []))  # whose turn is first
+            assert await balancer.call(ASK, b"x", 1.9) == b"x"
+            assert sum(server.asked for server in servers) == 2
+            assert servers[1].asked == 1
 
     run(work)
 
@@ -683,6 +829,36 @@ def test_one_fails_and_the_other_answers(run_each, failing):
             assert await balancer.call(ASK, b"", 5) == b"yes"
             assert asked == 2
             assert balancer.counters.hedge_wins == had + (failing == 1)
+
+    run_each(work)
+
+
+@pytest.mark.parametrize("lacking", ["first", "hedge", "both"])
+def test_a_replica_that_lacks_something_and_a_hedge(run_each, lacking):
+    async def work():
+        async def answer(message):
+            nonlocal asked
+            asked += 1
+            mine = "first" if asked == 1 else "hedge"
+            await asyncio.sleep(0.05 if mine == lacking else 0.15)
+            if lacking in (mine, "both"):
+                raise NotServed(mine, [])
+            return b"yes"
+
+        asked = 0
+        async with serving(None, None, None) as servers, hedging(servers) as balancer:
+            await warm(balancer)
+            had = balancer.counters.retries
+            for server in servers:
+                server.answer = answer
+            if lacking == "both":
+                with pytest.raises(NotServed, match="first"):
+                    await balancer.call(ASK, b"", 5)
+            else:
+                assert await balancer.call(ASK, b"", 5) == b"yes"
+            assert asked == 2
+            assert balancer.counters.retries == had
+            assert sum(facts.failures for facts in balancer.status_of()) == (lacking != "both")
 
     run_each(work)
 

@@ -11,12 +11,16 @@ from hypothesis import strategies as st
 from cube.errors import BadConfig
 from cube.rpc.naming import Place
 from cube.rpc.routing import (
+    BUSY_MOST_S,
     EJECT_LEAST_CALLS,
+    EWMA_S,
     HASH_LOAD,
     HEDGE_SAMPLES,
+    LEAST_LATENCY_S,
     UNREACHABLE_MOST_S,
     HedgeCap,
     HedgeDelay,
+    OpinionBudget,
     Options,
     Outcome,
     Policy,
@@ -136,7 +140,7 @@ def test_least_loaded_does_not_flood_one_that_is_new():
     assert 90 <= begun["new"] <= 101  # it is thought to be fast, not infinitely fast
 
 
-@pytest.mark.parametrize("outcome", [FAILED, Outcome.OVERLOADED])
+@pytest.mark.parametrize("outcome", [FAILED, Outcome.OVERLOADED, Outcome.REFUSED, Outcome.LACKING])
 def test_least_loaded_is_not_drawn_to_one_that_fails_fast(outcome):
     replicas = replicas_of(2, Policy.LEAST_LOADED, eject_after=1000)
     for target in "ab":
@@ -148,6 +152,33 @@ def test_least_loaded_is_not_drawn_to_one_that_fails_fast(outcome):
         assert picks.count("a") < 150
     else:
         assert "a" not in picks
+
+
+@pytest.mark.parametrize("outcome", [Outcome.OVERLOADED, Outcome.REFUSED, Outcome.LACKING])
+@pytest.mark.parametrize("latency_s", [0.0005, 0.01, 0.2])
+def test_least_loaded_leaves_one_that_only_refuses(outcome, latency_s):
+    replicas = replicas_of(2, Policy.LEAST_LOADED)
+    asked = Counter()
+    for number in range(5000):  # ten seconds
+        now = number / 500
+        replica = replicas.pick(now)
+        is_bad = replica.target == "a"
+        asked[ask(replicas, now, outcome if is_bad else OK, 0.00001 if is_bad else latency_s, replica.target)] += 1
+    assert asked["a"] < 50  # those it takes to find out; then one when what is expected has halved
+    assert is_in(replicas) == "ab"
+
+
+@given(st.lists(st.tuples(st.sampled_from(Outcome), st.floats(0, 2), st.floats(0, 1)), max_size=40))
+def test_a_refusal_makes_no_replica_look_faster(calls):
+    replicas = replicas_of(2, Policy.LEAST_LOADED)
+    a, now = named(replicas, "a"), 0.0
+    for outcome, latency_s, pause_s in calls:
+        now += pause_s
+        before = a.expected_s * math.exp((a.expected_at - now) / EWMA_S)
+        ask(replicas, now, outcome, latency_s, target="a")
+        if outcome in (Outcome.REFUSED, Outcome.LACKING, Outcome.OVERLOADED):
+            after = a.expected_s * math.exp((a.expected_at - now) / EWMA_S)
+            assert after >= max(before * 0.999, min(1.9 * max(before, LEAST_LATENCY_S), BUSY_MOST_S))
 
 
 def test_least_loaded_learns_from_calls_that_were_given_up():
@@ -258,6 +289,88 @@ def test_what_ejects(outcomes, is_out):
     for outcome in outcomes:
         ask(replicas, 0, outcome, target="a")
     assert is_in(replicas) == ("b" if is_out else "ab")
+
+
+@given(
+    st.lists(
+        st.tuples(st.sampled_from([*Outcome, "behind", "wrong call"]), st.sampled_from("abc"), st.floats(0, 3)),
+        max_size=80,
+    )
+)
+def test_a_judgement_counts_as_the_outcome_that_it_turns_out_to_be(calls):
+    """Against a twin that is told so at once: of one that is behind a failure, of a wrong call a refusal."""
+    replicas, twin = replicas_of(3), replicas_of(3)
+    now = 0.0
+    for outcome, target, pause_s in calls:
+        now += pause_s
+        if isinstance(outcome, Outcome):
+            if outcome is Outcome.LACKING and replicas.has_other(named(replicas, target)):
+                continue  # see below: without another's word it says nothing
+            ask(replicas, now, outcome, target=target)
+            ask(twin, now, outcome, target=target)
+            continue
+        could_be_judged = replicas.has_other(named(replicas, target))
+        ask(replicas, now, Outcome.LACKING, target=target)
+        if could_be_judged:
+            replicas.judge(named(replicas, target), now, is_behind=outcome == "behind")
+        is_failure = could_be_judged and outcome == "behind"
+        ask(twin, now, FAILED if is_failure else Outcome.REFUSED, target=target)
+        for one, other in zip(replicas, twin, strict=True):
+            assert (one.out_until, one.failures, one.failures_in_row) == (
+                other.out_until, other.failures, other.failures_in_row,
+            )  # fmt: skip
+
+
+def test_a_refusal_nobody_judges_says_nothing():
+    replicas = replicas_of(2)
+    fail(replicas, 0, "a", 2)
+    for _ in range(10):
+        ask(replicas, 0, Outcome.LACKING, target="a")
+    assert is_in(replicas) == "ab"
+    fail(replicas, 0, "a", 1)
+    a = named(replicas, "a")
+    assert is_in(replicas) == "b"
+    ask(replicas, a.out_until, Outcome.LACKING, target="a")
+    assert is_in(replicas) == "b"
+
+
+def test_one_that_is_behind_goes_out_and_stays_out_until_it_is_not():
+    replicas = replicas_of(2)
+    a, _ = replicas
+    for times in range(1, 4):
+        assert is_in(replicas) == "ab"
+        ask(replicas, 0, Outcome.LACKING, target="a")
+        replicas.judge(a, 0, is_behind=True)
+        assert a.failures == times
+    for _ in range(5):
+        assert is_in(replicas) == "b"
+        now, times_out = a.out_until, a.times_out
+        ask(replicas, now, Outcome.LACKING, target="a")
+        replicas.judge(a, now, is_behind=True)
+        assert a.times_out == times_out + 1
+    now = a.out_until
+    ask(replicas, now, Outcome.LACKING, target="a")
+    replicas.judge(a, now, is_behind=False)  # it lacks what nobody has
+    assert is_in(replicas) == "ab"
+
+
+def test_the_only_one_that_is_back_is_in_whatever_it_says():
+    replicas = replicas_of(2)
+    for target in "ab":
+        fail(replicas, 0, target, 1, UNREACHABLE)
+    ask(replicas, 0.1, Outcome.LACKING, target="a")
+    assert is_in(replicas) == "a"
+
+
+def test_a_judgement_of_one_that_has_left():
+    replicas = replicas_of(2)
+    a, _ = replicas
+    replicas.begin(a, 0)
+    replicas.update([Place("b")])
+    replicas.end(a, 1, 1, Outcome.LACKING)
+    for is_behind in (True, False):
+        replicas.judge(a, 1, is_behind)
+    assert is_in(replicas) == "b"
 
 
 def test_a_window_of_failures_ends():
@@ -439,6 +552,32 @@ def test_a_budget_does_not_save_for_ever():
     for _ in range(100_000):
         budget.add_call()
     assert sum(budget.may_retry() for _ in range(100)) == 20
+
+
+@given(st.floats(0, 1), st.integers(0, 30), st.lists(st.booleans(), max_size=300))
+def test_only_opinions_that_were_of_no_use_are_a_share_of_the_calls(ratio, most, answered):
+    budget = OpinionBudget(ratio, most)
+    useless = refused = 0
+    for is_answered in answered:
+        budget.add_call()
+        if not budget.may_ask():
+            refused += 1
+        elif is_answered:
+            budget.was_answered()
+        else:
+            useless += 1
+    assert useless <= most + ratio * len(answered) + 1e-6
+    if most and all(answered):
+        assert not refused
+
+
+def test_opinions_that_come_late_are_not_saved_up_beyond_the_most():
+    budget = OpinionBudget(1, 2)
+    assert [budget.may_ask() for _ in range(3)] == [True, True, False]
+    for _ in range(2):
+        budget.add_call()
+        budget.was_answered()
+    assert [budget.may_ask() for _ in range(3)] == [True, True, False]
 
 
 @given(st.floats(0.001, 1), st.lists(st.integers(0, 3), max_size=300))
