@@ -39,7 +39,7 @@ class CubeControl:
         """config: as `server.checked` returns it; process: this becomes the one that obeys in it."""
         self.busy = False  # a command is being prepared here
         self._service, self._config, self._process = service, config, process
-        self._verifications: list[Verification] = []
+        self._verifying: dict[Store, Verification] = {}  # until it is done with the store, which is held so long
         self._stop = threading.Event()
         process.obey(self._prepare, self._hear)
 
@@ -77,6 +77,7 @@ class CubeControl:
         await self._tell("reload", table, version)
 
     async def _tell(self, action: str, table: str, version: Version) -> None:
+        self._table(table)  # before anybody is told: a name may be as long as a request
         await self._process.tell({"action": action, "table": table, "version": str(version)})
         log.info("table %s %s %s", table, version, _DONE[action])
 
@@ -103,10 +104,7 @@ class CubeControl:
     # ---- a command in this process ----
 
     async def _prepare(self, command: Command) -> Prepared:
-        table = self._service.tables.get(command["table"])
-        if table is None:
-            raise NotServed(f"table {command['table']!r}", sorted(self._service.tables))
-        version = Version.parse(command["version"])
+        table, version = self._table(command["table"]), Version.parse(command["version"])
         match command["action"]:
             case "load":
                 return await self._prepare_load(table, version)
@@ -117,11 +115,17 @@ class CubeControl:
                 if table.store(version).about.version == table.current:
                     text = f"table {table.name!r} version {version}: found the current one, expected another"
                     raise StatusError("FAILED_PRECONDITION", f"{text}; switch first")
-                return Prepared(partial(_remove, table, version))
+                return Prepared(partial(self._remove, table, version))
             case "reload":
                 load = await self._prepare_load(table, version)
-                return Prepared(partial(_replace, table, version, load), load.abandon)
+                return Prepared(partial(self._replace, table, version, load), load.abandon)
         raise AssertionError(command)
+
+    def _table(self, name: str) -> Table:
+        table = self._service.tables.get(name)
+        if table is None:
+            raise NotServed(f"table {name!r}", sorted(self._service.tables))
+        return table
 
     async def _prepare_load(self, table: Table, version: Version) -> Prepared:
         if version in table.versions:
@@ -160,6 +164,23 @@ class CubeControl:
             store.checked = "yes"  # worker 0 could not have prepared it otherwise, and the file is the same
         self.verify([store])
 
+    def _replace(self, table: Table, version: Version, load: Prepared) -> None:
+        before = table.current
+        load.commit()
+        table.switch(version)
+        if version != before:
+            self._remove(table, before)
+
+    def _remove(self, table: Table, version: Version) -> None:
+        """Lookups that have found the store may not have begun to read it, and so not hold it yet: it is held for
+        them."""
+        store = table.store(version)
+        table.hold(store)
+        table.remove(version)
+        if store in self._verifying:
+            self._verifying[store].drop(store)
+        asyncio.get_running_loop().call_later(_BEGIN_S, table.release, store)
+
     # ---- verification in the background ----
 
     def verify(self, stores: Iterable[Store]) -> None:
@@ -167,21 +188,22 @@ class CubeControl:
         if self._config.verify != "background" or self._process.worker != 0:
             return
         stores = [store for store in stores if store.capabilities.verify]
-        for store in stores:
-            self._service.tables[store.about.table].hold(store)
         loop = asyncio.get_running_loop()
         verification = Verification(stores, lambda *found: loop.call_soon_threadsafe(self._on_verified, *found))
-        self._verifications.append(verification)
+        for store in stores:
+            self._service.tables[store.about.table].hold(store)
+            self._verifying[store] = verification
         verification.start()
 
     def stop(self) -> None:
         """End what runs in threads."""
         self._stop.set()
-        for verification in self._verifications:
+        for verification in set(self._verifying.values()):
             verification.stop()
 
     def _on_verified(self, store: Store, error: DataCorrupt | None) -> None:
         about = store.about
+        del self._verifying[store]
         self._service.tables[about.table].release(store)
         if store.checked in ("yes", "corrupt"):
             found = None if error is None else [error.place, error.found, error.expected]
@@ -196,22 +218,6 @@ class CubeControl:
                 store.checked = "yes"
             else:
                 store.set_corrupt(DataCorrupt(*found))
-
-
-def _replace(table: Table, version: Version, load: Prepared) -> None:
-    before = table.current
-    load.commit()
-    table.switch(version)
-    if version != before:
-        _remove(table, before)
-
-
-def _remove(table: Table, version: Version) -> None:
-    """Lookups that have found the store may not have begun to read it, and so not hold it yet: it is held for them."""
-    store = table.store(version)
-    table.hold(store)
-    table.remove(version)
-    asyncio.get_running_loop().call_later(_BEGIN_S, table.release, store)
 
 
 def _named(message: Buffer) -> tuple[str, Version]:

@@ -5,8 +5,8 @@
     POST /v1/tables/NAME:lookup   rows of one table: raw if the request's content-type says so, else JSON
 
 A lookup in JSON: {"keys": [1, "18446744073709551615"], "version": "7@0", "format": "floats"}; the last two may be left
-out. Keys are numbers, or decimal strings for languages whose numbers end at 2^53. The answer is {"version": "7@0",
-"dim": 2, "rows": [[0.5, 1.0], [0.0, 0.0]], "found": [true, false]}; a NaN or an infinity is null. With "format":
+out. Keys are integers, or strings of decimal digits for languages whose numbers end at 2^53. The answer is {"version":
+"7@0", "dim": 2, "rows": [[0.5, 1.0], [0.0, 0.0]], "found": [true, false]}; a NaN or an infinity is null. With "format":
 "stored", rows are strings, base64 of the bytes as they are stored, and "row_format" says what these are.
 
 A raw lookup, `content-type: application/octet-stream`, with ?version=7@0&format=stored if wanted: the body is the keys,
@@ -39,6 +39,7 @@ from cube.version import Version
 
 MOST_JSON_KEYS = 65_536  # of one call: Python holds its lock while it reads or writes JSON, and everybody else waits
 _KEY_BYTES, _REST_BYTES = 24, 64 << 10  # of JSON: a key in quotes with a comma, everything else
+_KEY_RANGE = "0 to 18446744073709551615, an integer or a string of decimal digits"
 _NUMBERS_ON_LOOP = 16_384  # that are written as JSON without a thread: about 2 ms
 _ROWS_AT_ONCE = 1_024  # in a thread, so that the loop may have the interpreter in between
 _MISSING = {"status": 0xFFFFFFFF, "value": ""}
@@ -54,7 +55,7 @@ class HttpRoute(NamedTuple):
 
 
 class _Lookup(msgspec.Struct, forbid_unknown_fields=True):
-    keys: list[int]
+    keys: list[int | str]
     version: str | None = None
     format: Literal["floats", "stored"] = "floats"
 
@@ -68,7 +69,7 @@ class HttpApi:
 
     def routes(self) -> list[HttpRoute]:
         """Where they belong."""
-        body = max(8 * self._max_keys, _KEY_BYTES * MOST_JSON_KEYS + _REST_BYTES)
+        body = max(8 * self._max_keys, _json_bytes(self._max_keys))
         return [
             HttpRoute("GET", "/metrics", self._metrics),
             HttpRoute("GET", "/v1/tables", self._tables),
@@ -106,7 +107,10 @@ class HttpApi:
         content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         place = f"table {request.args['name']!r} keys"
         if content_type == "application/octet-stream":
-            settings = dict(parse_qsl(request.query, keep_blank_values=True))
+            given = parse_qsl(request.query, keep_blank_values=True)
+            settings = dict(given)
+            if len(settings) != len(given):
+                raise BadRequest("query", repr(request.query), "each parameter once")
             if unknown := settings.keys() - {"version", "format"}:
                 raise BadRequest("query", f"{min(unknown)!r}", "version or format")
             if settings.get("format", "floats") not in ("floats", "stored"):
@@ -115,7 +119,12 @@ class HttpApi:
             return self._answer(
                 request, keys, settings.get("version"), settings.get("format") == "stored", lambda ask: 0, _raw
             )
-        asked = _decode(request.body, _Lookup)
+        if request.query:  # whoever writes ?version= there must not be answered another one
+            raise BadRequest("query", repr(request.query), "none: a lookup in JSON says version and format in its body")
+        body = request.body or b""
+        if len(body) > (most := _json_bytes(self._max_keys)):  # the route admits raw bodies
+            raise HttpError(413, f"body: found {len(body)} bytes of JSON, expected at most {most}")
+        asked = _decode(body, _Lookup)
         keys = _keys(place, asked.keys, self._max_keys)
         return self._answer(request, keys, asked.version, asked.format == "stored", _numbers, _rows_as_json)
 
@@ -138,13 +147,13 @@ def look_up(
     service: CubeService, ask: Ask, request: Request, work: Callable[[Ask], int], write: Callable[[Ask], Response]
 ) -> Any:
     """The rows of `ask`, written as a response: at once where both are short, else a coroutine."""
-    waiting = service.look_up([ask], Call(request.path, deadline=request.deadline, peer=request.peer))
-    if waiting is None and work(ask) <= _NUMBERS_ON_LOOP:
+    finish = service.look_up([ask], Call(request.path, deadline=request.deadline, peer=request.peer))
+    if finish is None and work(ask) <= _NUMBERS_ON_LOOP:
         return write(ask)
 
     async def later() -> Response:
-        if waiting is not None:
-            await waiting
+        if finish is not None:
+            await finish()
         if work(ask) <= _NUMBERS_ON_LOOP:
             return write(ask)
         return await asyncio.to_thread(write, ask)
@@ -222,9 +231,8 @@ class LegacyApi:
 
     def routes(self) -> list[HttpRoute]:
         """Where they belong."""
-        body = _KEY_BYTES * MOST_JSON_KEYS + _REST_BYTES
         return [
-            HttpRoute("POST", "/DictService/seek", self._seek, body),
+            HttpRoute("POST", "/DictService/seek", self._seek, _json_bytes(self._max_keys)),
             HttpRoute("POST", "/ControlService/cmd", self._cmd),
         ]
 
@@ -276,7 +284,7 @@ class LegacyApi:
 
 
 class _Seek(msgspec.Struct):
-    keys: list[int]
+    keys: list[int | str]
     version_required: bool = False
 
 
@@ -303,24 +311,30 @@ def _json(value: Any) -> Response:
 
 
 def _decode(body: bytes | None, kind: type[Any]) -> Any:
-    """A body as a struct; raises BadRequest. Numbers may be strings."""
+    """A body as a struct; raises BadRequest."""
     try:
-        return msgspec.json.decode(body or b"", type=kind, strict=False)
+        return msgspec.json.decode(body or b"", type=kind)
     except msgspec.MsgspecError as error:
         raise BadRequest("body", error, "JSON as documented") from error
     except UnicodeDecodeError as error:
         raise BadRequest("body", error, "UTF-8") from error
     except RecursionError as error:
         raise BadRequest("body", "brackets within brackets within brackets", "JSON as documented") from error
-    except OverflowError as error:
-        raise BadRequest("keys", "a number that does not fit", "0 to 18446744073709551615") from error
 
 
-def _keys(place: str, keys: list[int], limit: int) -> NDArray[np.uint64]:
+def _json_bytes(max_keys: int) -> int:
+    """The most that a lookup in JSON can need."""
+    return _KEY_BYTES * min(max_keys, MOST_JSON_KEYS) + _REST_BYTES
+
+
+def _keys(place: str, keys: list[int | str], limit: int) -> NDArray[np.uint64]:
     """Raises BadRequest."""
     if len(keys) > min(limit, MOST_JSON_KEYS):
         raise BadRequest(place, f"{len(keys)} in JSON", f"at most {min(limit, MOST_JSON_KEYS)}; raw calls take more")
+    digits = "".join([key for key in keys if isinstance(key, str)])
+    if digits and not (digits.isascii() and digits.isdigit()):  # NumPy takes " 1", "1_0" and digits of all scripts
+        raise BadRequest(place, "a string that is no key", _KEY_RANGE)
     try:
         return np.array(keys, np.uint64)
-    except OverflowError as error:
-        raise BadRequest(place, "a number that does not fit", "0 to 18446744073709551615") from error
+    except (OverflowError, ValueError) as error:
+        raise BadRequest(place, "a number that does not fit", _KEY_RANGE) from error

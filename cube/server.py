@@ -185,7 +185,7 @@ async def _every_second(act: Callable[[], None]) -> None:
 
 
 class Tokens:
-    """Whom we answer: callers that show one of these."""
+    """Whom we answer, whatever they ask, an operator's commands included: callers that show one of these."""
 
     def __init__(self, tokens: Iterable[bytes]):
         self._tokens = list(tokens)

@@ -10,6 +10,7 @@ import contextlib
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from importlib import metadata
 from typing import TypeVar
 
@@ -136,8 +137,8 @@ class CubeService:
             check_offsets(f"table {table!r} offsets", offsets, keys.size)
         return Ask(there, there.store(version), keys, stored, offsets, mean)
 
-    def look_up(self, asks: Sequence[Ask], call: Call) -> Awaitable[None] | None:
-        """Run `asks`. Returns None where that is done already, else what to await.
+    def look_up(self, asks: Sequence[Ask], call: Call) -> Callable[[], Awaitable[None]] | None:
+        """Run `asks`. Returns None where that is done already, else what to call and await for it.
 
         Many keys, or bags, or bytes of rows are looked up in a thread, so that the loop answers others meanwhile.
         Raises BadRequest, DeadlineExceeded, DataCorrupt.
@@ -156,7 +157,7 @@ class CubeService:
             raise BadRequest("keys", f"{size:,} bytes of rows in one call", f"at most {MOST_REPLY_BYTES:,}")
         began = time.perf_counter()
         if not is_quick or rows > KEYS_ON_LOOP or size > BYTES_ON_LOOP:
-            return self._in_thread(asks, keys, call, began)
+            return partial(self._in_thread, asks, keys, call, began)
         for ask in asks:
             if call.deadline is not None:
                 call.remaining_s(at_most=1.0)  # nobody waits for an answer after the deadline
@@ -165,9 +166,15 @@ class CubeService:
         return None
 
     async def _in_thread(self, asks: Sequence[Ask], keys: int, call: Call, began: float) -> None:
-        for ask in asks:
-            call.remaining_s(at_most=1.0)
-            await self._read(ask.table, ask.store, ask.run)
+        for ask in asks:  # all of them: a version may be unloaded while another one is read
+            ask.table.hold(ask.store)
+        try:
+            for ask in asks:
+                call.remaining_s(at_most=1.0)
+                await self._read(ask.table, ask.store, ask.run)
+        finally:
+            for ask in asks:
+                ask.table.release(ask.store)
         self._count(asks, keys, began)
 
     async def _read(self, table: Table, store: Store, work: Callable[[], T]) -> T:
@@ -203,8 +210,8 @@ class CubeService:
         if len(request.tables) > MOST_TABLES:
             raise BadRequest("tables", f"{len(request.tables)} in one call", f"at most {MOST_TABLES}")
         asks = [self._asked(table) for table in request.tables]
-        waiting = self.look_up(asks, call)
-        return _reply(asks) if waiting is None else _reply_after(waiting, asks)
+        finish = self.look_up(asks, call)
+        return _reply(asks) if finish is None else _reply_after(finish, asks)
 
     def _asked(self, asked: pb.TableKeys) -> Ask:
         name = asked.table
@@ -304,8 +311,8 @@ def _reply(asks: Sequence[Ask]) -> Reply:
     return LOOKUP_REPLY.encode(reply, large)
 
 
-async def _reply_after(waiting: Awaitable[None], asks: Sequence[Ask]) -> Reply:
-    await waiting
+async def _reply_after(finish: Callable[[], Awaitable[None]], asks: Sequence[Ask]) -> Reply:
+    await finish()
     return _reply(asks)
 
 

@@ -4,7 +4,7 @@ import logging
 import re
 import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -216,9 +216,10 @@ class Verification:
     """Compares the checksums of stores in a thread of its own, while they are served."""
 
     def __init__(self, stores: Iterable[Store], report: _Report = lambda store, error: None):
-        """Stores whose engine cannot verify are passed over. report: told, in that thread, of each that is through, and
-        whether it is corrupt; what came of it otherwise is in its `checked`."""
-        self._stores = [store for store in stores if store.capabilities.verify]
+        """Stores whose engine cannot verify are passed over. report: told, in that thread, of each that it is done
+        with, and whether it is corrupt; what came of it otherwise is in its `checked`."""
+        self._stores = deque(store for store in stores if store.capabilities.verify)
+        self._dropped: set[Store] = set()
         self._report = report
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="verify", daemon=True)
@@ -234,15 +235,27 @@ class Verification:
         if self._thread.ident is not None:
             self._thread.join()
 
+    def drop(self, store: Store) -> None:
+        """Be done with a store that is wanted no more, within milliseconds if it is its turn; it is reported then."""
+        self._dropped.add(store)
+
     def _run(self) -> None:
-        for store in self._stores:
+        while self._stores:
+            store = self._stores.popleft()  # which is kept no longer than it is read
             about, begin, corrupt = store.about, time.monotonic(), None
+
+            def go_on(bytes_read: int, store: Store = store) -> None:
+                if self._stop.is_set() or store in self._dropped:
+                    raise _StopVerifying
+
             try:
-                store.verify(self._go_on)
+                go_on(0)
+                store.verify(go_on)
             except _StopVerifying:
-                return
+                if self._stop.is_set():
+                    return
             except DataCorrupt as error:
-                corrupt = error
+                corrupt = error.with_traceback(None)  # it is kept, and its frames would keep what they read
                 log.error("table %s %s is corrupt and no longer served: %s", about.table, about.version, error)
             except Exception:
                 log.exception("table %s %s could not be verified", about.table, about.version)
@@ -250,10 +263,6 @@ class Verification:
                 seconds = time.monotonic() - begin
                 log.info("table %s %s verified in %.1f s", about.table, about.version, seconds)
             self._report(store, corrupt)
-
-    def _go_on(self, bytes_read: int) -> None:
-        if self._stop.is_set():
-            raise _StopVerifying
 
 
 class _StopVerifying(Exception):

@@ -19,6 +19,12 @@ Commands (`Process.tell`) are carried out by all workers or by none, one at a ti
     parent → worker   {"abandon": true}         to all, if one is not
     parent → worker   {"told": N, "error": null or [CODE, TEXT]}    to the one that began it
 
+A command takes as long as it takes: a disk may be slow, and a worker that waits for it serves lookups meanwhile. But
+one that has a part to do and says nothing is killed, which ends the command and the server:
+
+    parent → worker   {"ping": true}            every 10 s, to those whose part is not done
+    worker → parent   {"here": true}            to `ping`, and to `prepare`
+
 News (`Process.spread`) wait for nobody:
 
     worker → parent   {"spread": NEWS}
@@ -68,7 +74,8 @@ _OTHER_FILES = 1_000  # descriptors for what is not a connection
 _KEPT_BYTES = 128 << 20  # freed memory that is not given back to the kernel
 _MAPPED_BYTES = 32 << 20  # larger blocks are mapped one by one, and given back
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
-_STRAGGLE_S = 5.0  # what a worker may take beyond its drain, when the others had to stop for one that died
+_STRAGGLE_S = 5.0  # what a worker may take beyond its drain
+_SILENT_S = 10.0  # for which a worker may say nothing while others wait for its part of a command
 _LINE_BYTES = 1 << 20
 _BUSY = "another command is being carried out: try again when it is done"
 _STOPPING = ["UNAVAILABLE", "the server is stopping"]
@@ -345,7 +352,7 @@ class _Parent:
     @classmethod
     async def connect(cls, control: socket.socket, stop: _Stop) -> "_Parent":
         """Begin the conversation."""
-        return cls(*await asyncio.open_connection(sock=control), stop)
+        return cls(*await asyncio.open_connection(sock=control, limit=_LINE_BYTES), stop)
 
     def say(self, **message: Any) -> None:
         """Tell the parent."""
@@ -381,28 +388,38 @@ class _Parent:
             await self._writer.wait_closed()
 
     async def _listen(self) -> None:
-        with contextlib.suppress(ConnectionError):
+        try:
             while line := await self._reader.readline():
-                message = json.loads(line)
-                if "stop" in message:
-                    self._stop.ask(signal.Signals[message["stop"]], message["times"])
-                elif "prepare" in message:
-                    self._preparing = asyncio.ensure_future(self._prepare(message["prepare"]))
-                elif "commit" in message:
-                    self.say(done=_told(self.orders.commit()))
-                elif "abandon" in message:
-                    self.orders.abandon()
-                elif "news" in message:
-                    self.orders.hear(message["news"])
-                elif "told" in message:
-                    if (told := self._told.get(message["told"])) is not None and not told.done():
-                        told.set_result(message["error"])
-                else:
-                    self._answers.put_nowait(message)
-        self._stop.ask(signal.SIGTERM, 1)
-        for told in self._told.values():
-            if not told.done():
-                told.set_result(_STOPPING)
+                self._on_message(json.loads(line))
+        except ConnectionError:
+            pass
+        except Exception:
+            log.exception("what the parent said was not understood")
+        finally:  # whatever it was, nobody will tell us to stop
+            self._stop.ask(signal.SIGTERM, 1)
+            for told in self._told.values():
+                if not told.done():
+                    told.set_result(_STOPPING)
+
+    def _on_message(self, message: dict[str, Any]) -> None:
+        if "stop" in message:
+            self._stop.ask(signal.Signals[message["stop"]], message["times"])
+        elif "prepare" in message:
+            self.say(here=True)
+            self._preparing = asyncio.ensure_future(self._prepare(message["prepare"]))
+        elif "ping" in message:
+            self.say(here=True)
+        elif "commit" in message:
+            self.say(done=_told(self.orders.commit()))
+        elif "abandon" in message:
+            self.orders.abandon()
+        elif "news" in message:
+            self.orders.hear(message["news"])
+        elif "told" in message:
+            if (told := self._told.get(message["told"])) is not None and not told.done():
+                told.set_result(message["error"])
+        else:
+            self._answers.put_nowait(message)
 
     async def _prepare(self, command: Command) -> None:
         self.say(done=_told(await self.orders.prepare(command)))
@@ -449,6 +466,7 @@ class _Worker:
     def __init__(self, number: int, pid: int, control: socket.socket):
         self.number, self.pid, self.control = number, pid, control
         self.is_listening = False
+        self.has_ended = False
         self.reader: asyncio.StreamReader | None = None  # None: not yet
         self.writer: asyncio.StreamWriter | None = None  # None: not yet, or no more
 
@@ -464,6 +482,7 @@ class _Underway:
     def __init__(self, teller: _Worker, number: int, waiting: set[_Worker]):
         self.teller, self.number = teller, number
         self.waiting = waiting  # for these to have done their part of the present step
+        self.heard: set[_Worker] = set()  # those that have said something since they were last asked to
         self.committing = False  # the second step
         self.error: list[str] | None = None
 
@@ -513,6 +532,7 @@ class _Supervisor:
         if self._command is not None:
             self._on_done(worker, ["UNAVAILABLE", f"worker {worker.number} (process {worker.pid}) ended meanwhile"])
         code = await _exit_code(worker.pid)
+        worker.has_ended = True
         if code or (worker.is_listening and not self._times):
             self._on_death(worker, code)
 
@@ -530,6 +550,9 @@ class _Supervisor:
                 print(message["listening"], flush=True)
         elif "tell" in message:
             self._on_tell(worker, message["number"], message["tell"])
+        elif "here" in message:
+            if self._command is not None:
+                self._command.heard.add(worker)
         elif "done" in message:
             self._on_done(worker, message["done"])
         elif "spread" in message:
@@ -547,6 +570,19 @@ class _Supervisor:
         else:
             self._command = _Underway(worker, number, set(self._workers))
             self._say_all(prepare=command)
+            asyncio.get_running_loop().call_later(_SILENT_S, self._miss, self._command)
+
+    def _miss(self, command: _Underway) -> None:
+        """Kill those that keep others waiting and are not there; their end is that of the command. Ask the others."""
+        if command is not self._command:
+            return
+        for worker in command.waiting - command.heard:
+            log.error("worker %d (process %d) has said nothing for %g s: killed", worker.number, worker.pid, _SILENT_S)
+            self._kill(worker)
+        command.heard.clear()
+        for worker in command.waiting:
+            worker.say(ping=True)
+        asyncio.get_running_loop().call_later(_SILENT_S, self._miss, command)
 
     def _on_done(self, worker: _Worker, error: list[str] | None) -> None:
         """A worker has done its part of the present step of the command, or failed to."""
@@ -562,7 +598,7 @@ class _Supervisor:
             self._command = None
             command.teller.say(told=command.number, error=command.error)
         else:
-            command.committing, command.waiting = True, set(self._workers)
+            command.committing, command.waiting, command.heard = True, set(self._workers), set(self._workers)
             self._say_all(commit=True)
 
     def _say_all(self, **message: Any) -> None:
@@ -595,21 +631,25 @@ class _Supervisor:
             log.error(
                 "worker %d (process %d) %s%s", worker.number, worker.pid, how, "" if self._times else "; stopping"
             )
-        if not self._died:
-            self._died = True
-            if not self._times:
-                self._stop_all(signal.SIGTERM)
-            asyncio.get_running_loop().call_later(DRAIN_S[signal.SIGTERM] + _STRAGGLE_S, self._kill_all)
+        self._died = True
+        if not self._times:
+            self._stop_all(signal.SIGTERM)
 
     def _stop_all(self, number: signal.Signals) -> None:
+        """Once: drain. Again: at once. Who does not hear it, or cannot, is killed."""
         self._times += 1
         self._reason = number if self._times == 1 else self._reason
         self._say_all(stop=self._reason.name, times=self._times)
+        drain_s = DRAIN_S[self._reason] if self._times == 1 else 0.0
+        asyncio.get_running_loop().call_later(drain_s + _STRAGGLE_S, self._kill_all)
 
     def _kill_all(self) -> None:
         for worker in self._workers:
-            if worker.writer is not None:
-                os.kill(worker.pid, signal.SIGKILL)
+            self._kill(worker)
+
+    def _kill(self, worker: _Worker) -> None:
+        if not worker.has_ended:  # else the number may be another's by now
+            os.kill(worker.pid, signal.SIGKILL)
 
 
 async def _exit_code(pid: int) -> int:

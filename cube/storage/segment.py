@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from cube.errors import DataCorrupt
+from cube.errors import DataCorrupt, NotServed
 from cube.kernels import U
 from cube.keys import ShardRule
 from cube.rows import FLOAT32, UINT8, RowFormat, check_offsets
@@ -200,7 +200,8 @@ class SegmentWriter(Writer):
 
 
 class Segment(Store):
-    """A mapped segment, shared freely between threads: `load` and `verify` swap what they set in one assignment."""
+    """A mapped segment, shared freely between threads: `load`, `verify` and `close` swap what they set in one
+    assignment, and what a lookup has begun to read stays until it has ended."""
 
     capabilities = Capabilities(scan=True, verify=True, shared=True, fused=True)
 
@@ -215,18 +216,18 @@ class Segment(Store):
                     raise DataCorrupt(
                         str(path), f"{size} bytes", f"{self.header.file_bytes}, as its header says (a truncated copy?)"
                     )
-                self._map = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
+                mapped = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
         except OSError as error:
             raise DataCorrupt(str(path), error.strerror or str(error), "a readable segment file") from error
-        self._map.madvise(mmap.MADV_RANDOM)  # a cold lookup reads the page it needs, not its neighbours
-        header, data = self.header, np.frombuffer(self._map, np.uint8)
+        mapped.madvise(mmap.MADV_RANDOM)  # a cold lookup reads the page it needs, not its neighbours
+        header, data = self.header, np.frombuffer(mapped, np.uint8)
         self.about, self.file_bytes = header.about, header.file_bytes
         if at := header.default_row_offset:
-            self.about = self.about._replace(default_row=self._map[at : at + self.about.row_bytes])
-        self._places = index.Places(
+            self.about = self.about._replace(default_row=mapped[at : at + self.about.row_bytes])
+        self._places: index.Places | None = index.Places(  # None: closed
             data, U(PAGE), U(header.stride), _partitions(header, data, str(path)), U(header.pilots_offset), U(at)
         )
-        self._mapped = True
+        self._map: mmap.mmap | None = mapped  # None: not, or no more
 
     def __len__(self) -> int:
         return self.header.keys
@@ -235,56 +236,57 @@ class Segment(Store):
         self, keys: NDArray[np.uint64], rows: NDArray[np.uint8], found: NDArray[np.bool_],
         over: index.Overlay | None = None,
     ) -> int:  # fmt: skip
-        self._refuse_if_corrupt()
+        places = self._readable()
         check_buffer(rows, (keys.size, self.about.row_bytes), UINT8)
-        return index.read(self._places, over, self.about.row_bytes, keys, rows, found)
+        return index.read(places, over, self.about.row_bytes, keys, rows, found)
 
     def lookup(
         self, keys: NDArray[np.uint64], out: NDArray[np.float32], found: NDArray[np.bool_],
         over: index.Overlay | None = None,
     ) -> int:  # fmt: skip
-        self._refuse_if_corrupt()
+        places = self._readable()
         check_buffer(out, (keys.size, self.about.dim), FLOAT32)
-        return index.lookup(self._places, over, self.about.row_format, keys, out, found)
+        return index.lookup(places, over, self.about.row_format, keys, out, found)
 
     def pooled(
         self, keys: NDArray[np.uint64], offsets: NDArray[np.int64], mean: bool, out: NDArray[np.float32],
         found: NDArray[np.bool_], over: index.Overlay | None = None,
     ) -> int:  # fmt: skip
-        self._refuse_if_corrupt()
+        places = self._readable()
         check_offsets("offsets", offsets, keys.size)  # the kernel trusts them
         check_buffer(out, (offsets.size - 1, self.about.dim), FLOAT32)
-        return index.pooled(self._places, over, self.about.row_format, keys, offsets, mean, out, found)
+        return index.pooled(places, over, self.about.row_format, keys, offsets, mean, out, found)
 
     def scan(self, batch: int = 65536) -> Iterator[tuple[NDArray[np.uint64], NDArray[np.uint8]]]:
         """In order of place."""
-        self._refuse_if_corrupt()
+        places = self._readable()
         stride, row_bytes = self.header.stride, self.about.row_bytes
-        places = self._places.data[PAGE : PAGE + self.header.places * stride].reshape(-1, stride)
+        blocks = places.data[PAGE : PAGE + self.header.places * stride].reshape(-1, stride)
         for start in range(0, self.header.places, batch):
-            block = places[start : start + batch]
+            block = blocks[start : start + batch]
             keys = np.ascontiguousarray(block[:, :8]).view("<u8").reshape(-1)
-            live = index.homes(self._places, keys) == np.arange(start, start + len(block))  # others are fillers
+            live = index.homes(places, keys) == np.arange(start, start + len(block))  # others are fillers
             yield keys[live], block[live, 8 : 8 + row_bytes]
 
     def load(self) -> None:
         """Copy the file to huge pages: a lookup then seldom misses the processor's table of pages, too."""
-        size = self.header.file_bytes
+        places, mapped, size = self._opened(), self._map, self.header.file_bytes
+        if mapped is None:
+            return
         memory = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         with contextlib.suppress(OSError):  # a kernel without huge pages
             memory.madvise(mmap.MADV_HUGEPAGE)
-        self._map.madvise(mmap.MADV_SEQUENTIAL)
+        mapped.madvise(mmap.MADV_SEQUENTIAL)
         data = np.frombuffer(memory, np.uint8)
-        data[:] = self._places.data
-        self._map.madvise(mmap.MADV_RANDOM)
-        self._places, self._mapped = self._places._replace(data=data), False
+        data[:] = places.data
+        self._places, self._map = places._replace(data=data), None
 
     def verify(self, progress: Callable[[int], object] = lambda bytes_read: None) -> None:
         """Read every block and compare checksums; raises DataCorrupt naming the block, and lookups do from then on.
 
         `progress` is told the bytes of each block, and may raise to stop.
         """
-        header, view, before = self.header, self._places.data.data, self.checked
+        header, view, mapped, before = self.header, self._opened().data.data, self._map, self.checked
         self.checked = "running"
         try:
             crcs = view[header.checksums_offset :]
@@ -295,19 +297,35 @@ class Segment(Store):
             for block, expected in enumerate(want.tolist()):
                 start = PAGE + block * BLOCK_BYTES
                 end = min(start + BLOCK_BYTES, header.checksums_offset)
-                if self._mapped and block % 16 == 0:  # the mapping is advised against reading ahead
-                    self._map.madvise(mmap.MADV_WILLNEED, start, min(32 * BLOCK_BYTES, header.file_bytes - start))
+                if mapped is not None and block % 16 == 0:  # it is advised against reading ahead
+                    mapped.madvise(mmap.MADV_WILLNEED, start, min(32 * BLOCK_BYTES, header.file_bytes - start))
                 if (found_crc := zlib.crc32(view[start:end])) != expected:
                     place = f"{self.path} block {block} (byte {start})"
                     raise DataCorrupt(place, f"checksum {found_crc:08x}", f"{expected:08x}")
                 progress(end - start)
             self.checked = "yes"
         except DataCorrupt as error:
-            self.set_corrupt(error)
+            # A twin without a traceback, whose frames would hold the mapping after `close`.
+            self.set_corrupt(DataCorrupt(error.place, error.found, error.expected))
             raise
         finally:
             if self.checked == "running":  # progress wanted it stopped
                 self.checked = before
+
+    def close(self) -> None:
+        """Let go of the file: it is unmapped when the last lookup that reads it ends; later ones raise NotServed."""
+        self._places = self._map = None
+
+    def _readable(self) -> index.Places:
+        """What a lookup keeps while it reads. Raises DataCorrupt, and NotServed after `close`."""
+        self._refuse_if_corrupt()
+        return self._opened()
+
+    def _opened(self) -> index.Places:
+        places = self._places
+        if places is None:
+            raise NotServed(f"table {self.about.table!r} version {self.about.version}, which is closed", [])
+        return places
 
 
 def _partitions(header: Header, data: NDArray[np.uint8], where: str) -> NDArray[np.uint64]:

@@ -76,8 +76,8 @@ class Store(ABC):
         self._corrupt, self.checked = error, "corrupt"
 
     def _refuse_if_corrupt(self) -> None:
-        if self._corrupt is not None:
-            raise self._corrupt
+        if self._corrupt is not None:  # anew each time: a raised one keeps what its callers held
+            raise DataCorrupt(self._corrupt.place, self._corrupt.found, self._corrupt.expected)
 
     @abstractmethod
     def read(self, keys: NDArray[np.uint64], rows: NDArray[np.uint8], found: NDArray[np.bool_]) -> int:

@@ -2,8 +2,10 @@
 
 import contextlib
 import os
+import queue
 import shutil
 import signal
+import threading
 import time
 from types import SimpleNamespace
 
@@ -13,12 +15,13 @@ import pytest
 from cube_process import CONTROL, cube_process
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
-from stores import built
+from stores import built, looked_up, segment_of
 
-from cube.errors import NotServed
+from cube.errors import DataCorrupt, NotServed
 from cube.pb import cube_pb2 as pb
-from cube.storage.store import Store
-from cube.table import Table
+from cube.storage.segment import Segment
+from cube.storage.store import Capabilities, Store
+from cube.table import Table, Verification
 from cube.version import Version
 
 LOOKUP = "/cube_serving.cube.Cube/Lookup"
@@ -104,6 +107,79 @@ class Leases(RuleBasedStateMachine):
 
 
 TestLeases = Leases.TestCase
+
+
+def mappings(pid, file=".seg"):
+    """How often a process has files mapped whose paths end so."""
+    with open(f"/proc/{pid}/maps") as lines:
+        return sum(line.rstrip("\n").removesuffix(" (deleted)").endswith(file) for line in lines)
+
+
+@pytest.mark.parametrize("corrupt", [False, True])
+def test_a_closed_segment_is_not_mapped_and_refuses_lookups(tmp_path, corrupt):
+    path = tmp_path / f"{corrupt}.seg"
+    segment_of(path, range(ROWS), np.ones((ROWS, 2))).close()
+    if corrupt:
+        damaged = bytearray(path.read_bytes())
+        damaged[4096 + 16] ^= 1
+        path.write_bytes(damaged)
+    store = Segment(path)
+    assert mappings("self", path.name) == 1
+    begun = store.scan(10)
+    next(begun)
+    reports = []
+    verification = Verification([store], lambda *found: reports.append(found))
+    verification.start()
+    verification._thread.join()
+    assert [error is not None for _, error in reports] == [corrupt]
+    store.close()
+    store.close()
+    assert sum(len(keys) for keys, _ in begun) == ROWS - 10  # what has begun ends
+    assert mappings("self", path.name) == 0
+    keys = np.zeros(1, np.uint64)
+    for read in (
+        lambda: looked_up(store, keys),
+        lambda: store.read(keys, np.empty((1, 8), np.uint8), np.empty(1, np.bool_)),
+        lambda: store.pooled(keys, np.array([0, 1]), False, np.empty((1, 2), np.float32), np.empty(1, np.bool_)),
+        lambda: next(store.scan()),
+    ):
+        with pytest.raises(DataCorrupt if corrupt else NotServed):
+            read()
+    for read in (store.load, store.verify):
+        with pytest.raises(NotServed, match=r"table 't' version 7@0, which is closed"):
+            read()
+
+
+class SlowToVerify(FakeStore):
+    """Verifies until it is stopped."""
+
+    def __init__(self, base):
+        super().__init__(base)
+        self.about.table = "t"
+        self.capabilities = Capabilities(verify=True)
+        self.begun = threading.Event()
+
+    def verify(self, progress):
+        while True:
+            progress(1)
+            self.begun.set()
+            time.sleep(0.001)
+
+
+def test_a_verification_is_done_with_a_store_that_is_wanted_no_more():
+    stores = [SlowToVerify(base) for base in range(1, 4)]
+    reports = queue.Queue()
+    verification = Verification(stores, lambda *found: reports.put(found))
+    verification.drop(stores[1])  # before its turn
+    verification.start()
+    assert stores[0].begun.wait(20)
+    verification.drop(stores[0])
+    assert reports.get(timeout=20) == (stores[0], None)
+    assert reports.get(timeout=20) == (stores[1], None)
+    assert stores[2].begun.wait(20)
+    verification.stop()
+    assert not stores[1].begun.is_set()
+    assert reports.empty()
 
 
 # ---- servers ----
@@ -247,6 +323,36 @@ def test_a_version_that_one_worker_finds_corrupt_is_served_by_none(data, tmp_pat
             assert row_of(server) == 7
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [1, 2])
+def test_what_is_unloaded_is_not_mapped_any_more(data, tmp_path, workers):
+    provide(tmp_path, 8)
+    with cube_process(data, "--workers", workers, "--keep-versions", 1) as server:
+        for base in (7, 8, 7, 8):
+            server.control("Load", "t", base)
+            server.control("Switch", "t", base)
+            server.control("Unload", "t", 15 - base)
+        end = time.monotonic() + 20
+        while {mappings(pid) for pid in server.workers or [server.process.pid]} != {1}:
+            assert time.monotonic() < end
+            time.sleep(0.05)
+        assert row_of(server) == 8
+        assert not server.log("Traceback")
+
+
+@pytest.mark.slow
+def test_a_name_as_long_as_a_request_makes_no_worker_deaf(data, tmp_path):
+    with cube_process(data, "--workers", 2) as server:
+        for verb in ("Load", "Switch", "Unload"):
+            with refused(grpc.StatusCode.NOT_FOUND, "not served here"):
+                server.control(verb, "\x01" * 30_000, 7)
+        provide(tmp_path, 8)
+        server.control("Load", "t", 8)
+        assert everywhere(server) == "([8, 7], 7)"
+        server.process.send_signal(signal.SIGTERM)
+        assert server.end()[0] == 0
+
+
 @contextlib.contextmanager
 def half_done_load(server):
     """A future of a Load that waits for a worker which is stopped; a connection to another; the worker's process id."""
@@ -296,4 +402,18 @@ def test_a_worker_that_dies_meanwhile_fails_the_command(data, tmp_path):
         assert code == 1  # as whenever a worker dies
         assert "was ended by SIGKILL; stopping" in log
         assert "Traceback" not in log
+        assert "t 8@0 loaded" not in log
+
+
+@pytest.mark.slow
+def test_a_worker_that_says_nothing_is_killed_and_the_command_is_over(data, tmp_path):
+    with cube_process(data, "--workers", 2) as server:
+        provide(tmp_path, 8)
+        with half_done_load(server) as (load, call, stopped):
+            assert row_on(call) == 7
+            with refused(grpc.StatusCode.UNAVAILABLE, "ended meanwhile"):
+                load.result()
+        code, log = server.end()
+        assert code == 1
+        assert f"(process {stopped}) has said nothing for 10 s: killed" in log
         assert "t 8@0 loaded" not in log

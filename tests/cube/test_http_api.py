@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from stores import built, segment_of
 
-from cube.http_api import MOST_JSON_KEYS, LegacyApi, base64_rows
+from cube.http_api import MOST_JSON_KEYS, HttpApi, LegacyApi, base64_rows
 from cube.rows import RowFormat
-from cube.rpc.router import Request, Route
+from cube.rpc.router import Request, Response, Route
 from cube.service import CubeService
 from cube.table import Table
 from cube.version import Version
@@ -144,13 +144,23 @@ def test_many_keys_are_looked_up_beside_the_loop(http):
         ("wide:lookup", b"[1]", 400, "Expected `object`"),
         ("wide:lookup", b"{}", 400, "`keys`"),
         ("wide:lookup", b'{"keys":[1],"verion":"7"}', 400, "verion"),
+        ("wide:lookup?version=7@0", b'{"keys":[1]}', 400, "query: found 'version=7@0', expected none"),
+        ("wide:lookup?format=stored", b'{"keys":[1]}', 400, "query"),
+        ("wide:lookup", b'{"keys":[1.0]}', 400, "keys[0]"),
+        ("wide:lookup", b'{"keys":[1e2]}', 400, "keys[0]"),
+        ("wide:lookup", b'{"keys":["1.0"]}', 400, "expected 0 to 18446744073709551615"),
+        ("wide:lookup", b'{"keys":[" 1"]}', 400, "expected 0 to 18446744073709551615"),
+        ("wide:lookup", b'{"keys":["1_0"]}', 400, "expected 0 to 18446744073709551615"),
+        ("wide:lookup", '{"keys":["\u0661"]}'.encode(), 400, "expected 0 to 18446744073709551615"),
+        ("wide:lookup", b'{"keys":["1",""]}', 400, "expected 0 to 18446744073709551615"),
+        ("wide:lookup", b'{"keys":["' + b"1" * 5_000 + b'"]}', 400, "expected 0 to 18446744073709551615"),
         ("wide:lookup", b'{"keys":[-1]}', 400, "expected 0 to 18446744073709551615"),
         ("wide:lookup", b'{"keys":["-1"]}', 400, "expected 0 to 18446744073709551615"),
         ("wide:lookup", b'{"keys":[18446744073709551616]}', 400, "expected 0 to 18446744073709551615"),
         ("wide:lookup", b'{"keys":["18446744073709551616"]}', 400, "expected 0 to 18446744073709551615"),
         ("wide:lookup", b'{"keys":[1.5]}', 400, "keys[0]"),
         ("wide:lookup", b'{"keys":[true]}', 400, "keys[0]"),
-        ("wide:lookup", b'{"keys":["one"]}', 400, "keys[0]"),
+        ("wide:lookup", b'{"keys":["one"]}', 400, "a string that is no key"),
         ("wide:lookup", b'{"keys":1}', 400, "keys"),
         ("wide:lookup", b'{"keys":[1],"format":"f16"}', 400, "format"),
         ("wide:lookup", b'{"keys":[1],"version":"newest"}', 400, "version: found 'newest'"),
@@ -178,6 +188,8 @@ def test_bad_json_lookups_are_refused(http, path, body, status, text):
         ("?version=6@0", bytes(8), 404, "version 6@0"),
         ("?format=f32", bytes(8), 400, "format: found 'f32'"),
         ("?verion=7@0", bytes(8), 400, "query: found 'verion'"),
+        ("?version=7@0&version=8@0", bytes(8), 400, "expected each parameter once"),
+        ("?format=stored&format=stored", bytes(8), 400, "expected each parameter once"),
     ],
 )
 def test_bad_raw_lookups_are_refused(http, query, body, status, text):
@@ -228,7 +240,8 @@ def test_the_ancestors_clients_find_their_rows(http):
     assert (last["status"], base64.b64decode(last["value"])) == (0, np.array([1.5, 0], "<f4").tobytes())
     assert reply.json()["version"] == "8@0"
     assert http.post("/DictService/seek", content=b'{"keys":[]}').json() == {"values": []}
-    assert http.post("/DictService/seek", content=b'{"keys":[-5]}').status_code == 400
+    for key in (b"-5", b"1.0", b'"1.0"', b"null"):
+        assert http.post("/DictService/seek", content=b'{"keys":[%s]}' % key).status_code == 400
     assert http.post("/DictService/seek", content=b"garbage").status_code == 400
 
 
@@ -296,6 +309,25 @@ def test_the_ancestors_commands_move_versions(old):
     assert (old("status"), current(old)) == (status("8@0", ""), 8)
     assert old("reload_base", version=8) == (200, {})  # what is current already
     assert old("status") == status("8@0", "")
+
+
+def test_what_raw_lookups_may_need_is_not_read_as_json(tmp_path):
+    table = Table("t", {Version(7): segment_of(tmp_path / "t", [1], [[1]])})
+    (route,) = (
+        route
+        for route in HttpApi(CubeService({"t": table}, 0, 1), None, 4 << 20, None).routes()
+        if "lookup" in route.pattern
+    )
+    assert route.max_body_bytes == 8 * (4 << 20)
+
+    def status(body, **headers):
+        request = Request("POST", "/v1/tables/t:lookup", body=body, headers=headers, args={"name": "t"})
+        answer = Route(route.handler).answer(request)
+        return answer.status if isinstance(answer, Response) else asyncio.run(answer).status
+
+    assert status(b'{"keys":[1]}' + b" " * 1_000_000) == 200
+    assert status(b'{"keys":[1]}' + b" " * 2_000_000) == 413
+    assert status(bytes(2_000_000), **RAW) == 200
 
 
 def test_without_a_name_and_with_several_tables_the_ancestors_interface_says_so(tmp_path):

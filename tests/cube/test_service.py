@@ -207,12 +207,14 @@ def test_a_store_is_held_as_long_as_a_thread_reads_it(tmp_path, gives_up):
             task.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await task
-        assert events == ["held"]
+        assert events.count("held") > events.count("released")
         may_end.set()
         end = time.monotonic() + 10
-        while "released" not in events and time.monotonic() < end:
+        while events.count("held") > events.count("released") and time.monotonic() < end:
             await asyncio.sleep(0.01)
-        assert events == ["held", "read", "released"]
+        assert events.count("held") == events.count("released")
+        assert events[-1] == "released"
+        assert "read" in events
         if not gives_up:
             await task
 

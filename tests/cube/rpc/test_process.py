@@ -1,6 +1,8 @@
 """A process that serves: what it says, how signals end it, and how several share a port."""
 
+import asyncio
 import contextlib
+import json
 import os
 import re
 import resource
@@ -12,6 +14,9 @@ from concurrent.futures import ThreadPoolExecutor
 import grpc
 import pytest
 from small_server import SLEEPS, small_server
+
+from cube.errors import ServingError
+from cube.rpc.process import Prepared, _Parent, _Stop
 
 pytestmark = pytest.mark.slow
 
@@ -255,3 +260,63 @@ def test_workers_do_not_outlive_their_parent(pair):
         pair.process.kill()
         assert reply.result(20) == b"slept"
     wait_until(lambda: all(map(gone, workers)))
+
+
+def test_a_worker_that_is_stopped_and_does_not_hear_that_it_should_end_is_killed(pair):
+    first, second = pids(pair.address, 2)
+    os.kill(first, signal.SIGSTOP)
+    pair.process.send_signal(INT)
+    code, _, err = pair.end()
+    assert code == 1
+    assert f"(process {first}) was ended by SIGKILL" in err
+    assert gone(second)
+
+
+@contextlib.asynccontextmanager
+async def worker_end():
+    """A worker's end of the conversation, with reader and writer of the parent's; what it has heard; how it is asked to
+    stop."""
+    ours, theirs = socket.socketpair()
+    reader, writer = await asyncio.open_connection(sock=ours)
+    stop, heard = _Stop(), []
+    parent = await _Parent.connect(theirs, stop)
+
+    async def prepare(command):
+        heard.append(command)
+        return Prepared(lambda: heard.append("committed"))
+
+    parent.orders.obey(prepare, heard.append)
+    try:
+        yield parent, stop, reader, writer, heard
+    finally:
+        await parent.close()
+        writer.close()
+
+
+def test_a_worker_hears_lines_of_any_length_that_a_request_may_have():
+    async def converse():
+        async with worker_end() as (_, stop, reader, writer, heard):
+            long = {"text": "\x01" * 100_000}
+            for message in ({"news": long}, {"ping": True}, {"prepare": long}, {"stop": "SIGINT", "times": 1}):
+                writer.write(json.dumps(message).encode() + b"\n")
+            assert await asyncio.wait_for(stop.first, 20) == INT
+            for said in ({"here": True}, {"here": True}, {"done": None}):
+                assert json.loads(await asyncio.wait_for(reader.readline(), 20)) == said
+            assert heard == [long, long]
+
+    asyncio.run(converse())
+
+
+@pytest.mark.parametrize("end", [b"no JSON\n", b'{"stop": "SIGNOTHING", "times": 1}\n', b" " * (2 << 20), b""])
+def test_a_worker_that_can_hear_no_more_stops_and_fails_who_waits(end):
+    async def converse():
+        async with worker_end() as (parent, stop, reader, writer, _):
+            told = asyncio.ensure_future(parent.tell({"do": "it"}))
+            await asyncio.wait_for(reader.readline(), 20)
+            writer.write(end)
+            writer.write_eof()
+            assert await asyncio.wait_for(stop.first, 20) == TERM
+            with pytest.raises(ServingError, match="the server is stopping"):
+                await asyncio.wait_for(told, 20)
+
+    asyncio.run(converse())
