@@ -40,7 +40,8 @@ def test_the_demo_prints_what_it_must(demo):
         "done: every served score equals the trained program's",
     ):
         assert wanted in demo.output
-    assert re.search(r"shard +table +version +rows", demo.output)
+    assert re.search(r"server +shard +state", demo.output)
+    assert re.search(r"table +version +current", demo.output)
 
 
 def test_no_process_of_the_demo_is_left(demo):

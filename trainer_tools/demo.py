@@ -100,6 +100,7 @@ def demo(places: Places, given: Path | None, lines: int) -> None:
             _score_and_compare(predictor, prepared, offline, offline_auc)
             if remote:
                 run_tool("cube-ctl", "status", "--cube", ",".join(shards))
+                run_tool("cube-ctl", "tables", "--cube", ",".join(shards))
     say("done: every served score equals the trained program's")
 
 
