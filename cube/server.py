@@ -86,7 +86,7 @@ def serve(config: CubeConfig, shard: int) -> None:
         counts = telemetry.begin(process.worker, mine)
         service = CubeService(
             mine, shard, len(config.shard), config.max_keys,
-            shard_rule=config.shard_rule, workers=config.workers, meter=counts.lookup,
+            shard_rule=config.shard_rule, workers=config.workers, meter=counts.lookup, totals=telemetry.totals,
         )  # fmt: skip
         control = CubeControl(service, config, process)
         gate = Gate(tokens, counts)

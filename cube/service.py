@@ -8,7 +8,7 @@ kernel's buffer into the reply without a copy.
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from importlib import metadata
@@ -96,11 +96,14 @@ class CubeService:
         shard_rule: str = "mix",
         workers: int = 1,
         meter: Callable[[int, float], None] = lambda keys, seconds: None,
+        totals: Callable[[], tuple[int, Mapping[str, tuple[int, int]]]] | None = None,
     ):
-        """meter: told of every lookup that was answered, its keys and its seconds."""
+        """meter: told of every lookup that was answered, its keys and its seconds. totals: what all workers have
+        answered together, lookups, and keys found and absent by table; None where there are no others."""
         self.tables, self.shard, self.shards = tables, shard, shards
         self.lookups = 0  # answered since start
         self._max_keys, self._shard_rule, self._workers, self._meter = max_keys, shard_rule, workers, meter
+        self._totals = totals
         self._began = time.monotonic()
         self._place = shard, shards, int(ShardRule.parse(shard_rule))
         self._threads = ThreadPoolExecutor(thread_name_prefix="lookup")
@@ -264,10 +267,14 @@ class CubeService:
 
     def facts(self) -> pb.StatusReply:
         """What is served."""
+        keys: Mapping[str, tuple[int, int]]
+        lookups, keys = self.lookups, {t.name: (t.keys_found, t.keys_absent) for t in self.tables.values()}
+        if self._totals is not None:
+            lookups, keys = self._totals()
         reply = pb.StatusReply(
             shard=self.shard,
             shards=self.shards,
-            lookups=self.lookups,
+            lookups=lookups,
             shard_rule=self._shard_rule,
             workers=self._workers,
             uptime_s=time.monotonic() - self._began,
@@ -276,8 +283,8 @@ class CubeService:
         for table in self.tables.values():
             status = reply.tables.add(
                 table=table.name,
-                keys_found=table.keys_found,
-                keys_absent=table.keys_absent,
+                keys_found=keys[table.name][0],
+                keys_absent=keys[table.name][1],
                 current=_wire(table.store(None).about.version),
             )
             for store in table.stores:

@@ -105,6 +105,15 @@ class Telemetry(Collector):
         self._registry.register(self)
         return counts
 
+    def totals(self) -> tuple[int, dict[str, tuple[int, int]]]:
+        """Lookups that all processes have answered, and of each table the keys that they found and did not find."""
+        rows = self._rows
+        by_table = {
+            name: (sum(row[at] for row in rows), sum(row[at + 1] for row in rows))
+            for at, name in zip(range(_TABLES_AT, _ROW, 2), self._tables, strict=False)
+        }
+        return sum(sum(row[:_NANOSECONDS]) for row in rows), by_table
+
     def text(self) -> bytes:
         """All metrics in Prometheus' text format."""
         return prometheus_client.generate_latest(self._registry)

@@ -74,7 +74,8 @@ def test_metrics_add_up_over_workers(data):
             for worker in "01":
                 assert found["cube_worker_resident_bytes", worker] > 10e6
                 assert found["cube_worker_cpu_seconds_total", worker] > 0
-        assert sum({server.status().lookups for _ in range(20)}) == calls
+        assert {server.status().lookups for _ in range(20)} == {calls}
+        assert {server.status().tables[0].keys_found for _ in range(5)} == {2 * calls}
         end = time.monotonic() + 20
         while samples(server)["cube_connections_accepted_total",] < calls:  # each process looks once a second
             assert time.monotonic() < end
