@@ -6,7 +6,7 @@ requests that were encoded beforehand and read as many bytes as the answer has, 
 is timed. Closed loop: IN_FLIGHT calls at a time on one connection. Open loop: calls at random moments (Poisson) at half
 of what the closed loop reached, timed from the moment they were due, so that no call's delay hides another's.
 
-    make bench WHAT=cube            about twelve minutes
+    make bench WHAT=cube            about eight minutes
     make bench WHAT='cube --quick'  one short round of the small and the large call
 
 A second table (results/cube-hedging) has two replicas of a shard, one of which sleeps 50 ms in 3 % of its calls, so
@@ -598,9 +598,9 @@ def main() -> None:
         contenders = [Contender(c, s, there[s], size) for size in sizes for c, s in CONTENDERS if s in there]
         for turn in range(rounds := 1 if given.quick else 2):
             for contender in contenders:
-                contender.run(1.0 if given.quick else 1.5)
+                contender.run(0.8)
             print(f"round {turn + 1} of {rounds}", file=sys.stderr)
-        slow = hedging(Path(folder), there["cube-server"][0][0], rounds, 1.0 if given.quick else 3.0)
+        slow = hedging(Path(folder), there["cube-server"][0][0], rounds, 1.0 if given.quick else 2.0)
     keep("cube", [contender.row() for contender in contenders])
     keep("cube-hedging", slow)
     plot(contenders)
