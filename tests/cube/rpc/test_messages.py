@@ -102,6 +102,7 @@ def scalar(field):
         F.TYPE_BYTES: st.binary(max_size=12),
         F.TYPE_STRING: st.text(max_size=4),
         F.TYPE_BOOL: st.booleans(),
+        F.TYPE_ENUM: st.integers(0, 2),
         F.TYPE_UINT32: st.integers(0, 2**32 - 1),
         F.TYPE_UINT64: st.integers(0, 2**64 - 1),
         F.TYPE_INT32: st.integers(-(2**31), 2**31 - 1),

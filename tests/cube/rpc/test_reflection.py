@@ -310,5 +310,5 @@ def test_a_service_may_be_served_under_two_names():
 
 
 def test_a_service_that_its_file_does_not_declare_is_refused():
-    with pytest.raises(ValueError, match=r"service a\.Nope: found Cube in cube\.proto, expected Nope"):
+    with pytest.raises(ValueError, match=r"service a\.Nope: found Cube, CubeControl in cube\.proto, expected Nope"):
         Reflection({"a.Nope": cube_pb2.DESCRIPTOR})
