@@ -6,7 +6,7 @@ requests that were encoded beforehand and read as many bytes as the answer has, 
 is timed. Closed loop: IN_FLIGHT calls at a time on one connection. Open loop: calls at random moments (Poisson) at half
 of what the closed loop reached, timed from the moment they were due, so that no call's delay hides another's.
 
-    make bench WHAT=cube            about eight minutes
+    make bench WHAT=cube            about fifteen minutes
     make bench WHAT='cube --quick'  one short round of the small and the large call
 
 A second table (results/cube-hedging) has two replicas of a shard, one of which sleeps 50 ms in 3 % of its calls, so
