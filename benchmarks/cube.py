@@ -107,8 +107,8 @@ def lookup_rows(reply: bytes) -> bytes:
 class Pipe:
     """Raw requests on one connection; answers come in order."""
 
-    def __init__(self, requests: list[bytes], size: int | None):
-        self.requests, self.size = requests, size  # bytes of an answer; None: found out by the first
+    def __init__(self, requests: list[bytes], sizes: list[int] | None):
+        self.requests, self.sizes = requests, sizes  # bytes of each answer; None: found out by the first
 
     async def connect(self, address: str) -> None:
         if address.startswith("unix:"):
@@ -125,12 +125,12 @@ class Pipe:
         mine = self.turn
         await before
         try:
-            if self.size is None:
+            if self.sizes is None:
                 head = await self.reader.readuntil(b"\r\n\r\n")
                 length = int(head.lower().split(b"content-length: ")[1].split(b"\r\n")[0])
-                self.size = len(head) + length
+                self.sizes = [len(head) + length] * len(self.requests)
                 return head + await self.reader.readexactly(length)
-            return await self.reader.readexactly(self.size)
+            return await self.reader.readexactly(self.sizes[number])
         finally:
             mine.set_result(None)
 
@@ -210,7 +210,7 @@ async def cluster_call(addresses: list[str], calls: list[np.ndarray], expected: 
             requests.append(b"".join(b"*2\r\n$3\r\nGET\r\n$8\r\n%b\r\n" % each[i] for i in here))
             mine.append(here)
         sizes = [len(here) * (4 * DIM + 7) for here in mine]
-        pipe = SizedPipe(requests, sizes)
+        pipe = Pipe(requests, sizes)
         await pipe.connect(address)
         pipes.append(pipe)
         places.append(mine)
@@ -224,24 +224,6 @@ async def cluster_call(addresses: list[str], calls: list[np.ndarray], expected: 
     found = b"".join(row for _, row in sorted(zip(order, rows, strict=True)))
     assert found == expected
     return call
-
-
-class SizedPipe(Pipe):
-    """Answers of a size for each request."""
-
-    def __init__(self, requests: list[bytes], sizes: list[int]):
-        super().__init__(requests, 0)
-        self.sizes = sizes
-
-    async def __call__(self, number: int) -> bytes:
-        self.writer.write(self.requests[number])
-        before, self.turn = self.turn, asyncio.get_running_loop().create_future()
-        mine = self.turn
-        await before
-        try:
-            return await self.reader.readexactly(self.sizes[number])
-        finally:
-            mine.set_result(None)
 
 
 async def closed_loop(call: Call, seconds: float) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -16,6 +15,7 @@ from cube import server as cube_server
 from cube.config import settle
 from cube.errors import BadConfig, ServingError
 from cube.keys import ShardRule
+from cube.logs import FORMS, log_to_stderr
 from cube.pb.cube_config_pb2 import CubeConfig
 from cube.rows import RowFormat
 from cube.rpc.process import DOORS
@@ -43,13 +43,6 @@ def positive(text: str) -> int:
     if not (text.isascii() and text.isdigit() and int(text) > 0):
         raise argparse.ArgumentTypeError(f"found {text!r}, expected a whole number of at least 1")
     return int(text)
-
-
-def log_to_stderr(program: str) -> None:
-    """One line per life-cycle event."""
-    logging.basicConfig(
-        format=f"%(asctime)s {program}[%(process)d] %(levelname)s %(message)s", level=logging.INFO, stream=sys.stderr
-    )
 
 
 def conf_file(given: str | None, default: Path) -> Path | None:
@@ -118,6 +111,7 @@ def server(argv: Sequence[str] | None = None) -> int:
         metavar="NAME",
         help="what /DictService and /ControlService are about (default: the only table, if there is one)",
     )
+    parser.add_argument("--log", choices=FORMS, help="how lines of the log look (default: text)")
     parser.add_argument("--check", action="store_true", help="check settings and files, serve nothing")
     args = parser.parse_args(argv)
 
@@ -125,6 +119,7 @@ def server(argv: Sequence[str] | None = None) -> int:
         config = settle(
             CubeConfig(), conf_file(args.conf, DEFAULT_CONF), "CUBE", os.environ, vars(args) | {"shard": None}
         )
+        log_to_stderr("cube-server", config.log or FORMS[0])
         if args.shards is not None:
             if args.shards < 1:
                 raise BadConfig("--shards", args.shards, "at least 1")

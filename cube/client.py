@@ -28,7 +28,7 @@ from cube.pb import cube_pb2 as pb
 from cube.rpc.balancer import Balancer
 from cube.rpc.calls import Buffer, Field, parse
 from cube.rpc.routing import Options, Policy
-from cube.service import KEYS_ON_LOOP, LOOKUP, LOOKUP_REPLY, STATUS, is_short
+from cube.service import BYTES_ON_LOOP, KEYS_ON_LOOP, LOOKUP, LOOKUP_REPLY, STATUS, version_of, wire_of
 from cube.storage.index import KERNELS as INDEX_KERNELS
 from cube.storage.store import Store
 from cube.table import Table, Verification, open_tables, shards_in, touch
@@ -51,9 +51,7 @@ class Ask(NamedTuple):
 class Rows(NamedTuple):
     """Rows in the order of the keys asked for."""
 
-    rows: NDArray[
-        np.float32
-    ]  # float32[n, dim]; zeros, or the table's default row, where absent; zeros where unavailable
+    rows: NDArray[np.float32]  # float32[n, dim]; where absent the table's default row or zeros; zeros where unavailable
     found: NDArray[np.bool_]  # bool[n]
     version: Version = Version(0)  # that was read, of every shard
     unavailable: NDArray[np.bool_] | None = None  # bool[n]: keys of shards that did not answer; None: there are none
@@ -84,6 +82,10 @@ class Cube(ABC):
         partial: a shard that does not answer is reported in the Answer, and its keys are marked; else it is raised, as
         ShardUnavailable. Raises NotServed for a table or version that is not there.
         """
+
+    def lookup_now(self, asks: Sequence[Ask]) -> Answer | None:
+        """The same where it takes neither waiting nor long; None where it does."""
+        return None
 
     @abstractmethod
     async def close(self) -> None:
@@ -122,10 +124,15 @@ class LocalCube(Cube):
         await asyncio.to_thread(warm, INDEX_KERNELS, partial(touch, self._stores()), log.info)
         self._verification.start()
 
-    async def lookup(self, asks: Sequence[Ask], timeout_s: float, *, partial: bool = False) -> Answer:
+    def lookup_now(self, asks: Sequence[Ask]) -> Answer | None:
         keys = sum(ask.keys.size for ask in asks)
-        if all(is_short(self._table(0, ask.table).store(ask.version), keys) for ask in asks):
-            return Answer([self.rows(ask.table, ask.version, ask.keys) for ask in asks], {})
+        if not all(_is_short(self._table(0, ask.table).store(ask.version), keys) for ask in asks):
+            return None
+        return Answer([self.rows(ask.table, ask.version, ask.keys) for ask in asks], {})
+
+    async def lookup(self, asks: Sequence[Ask], timeout_s: float, *, partial: bool = False) -> Answer:
+        if (answer := self.lookup_now(asks)) is not None:
+            return answer
         return Answer([await asyncio.to_thread(self.rows, ask.table, ask.version, ask.keys) for ask in asks], {})
 
     def rows(self, table: str, version: Version | None, keys: NDArray[np.uint64]) -> Rows:
@@ -157,9 +164,9 @@ class LocalCube(Cube):
 
 
 class _Known(NamedTuple):
-    """What all shards agree on."""
+    """What the shards that answered agree on."""
 
-    dims: dict[str, dict[Version, int]]  # of tables and versions that every shard has
+    dims: dict[str, dict[Version, int]]  # of tables and versions that each of them has
     current: dict[str, Version]
     at: float  # loop time at which the servers were asked
 
@@ -214,7 +221,9 @@ class RemoteCube(Cube):
         at = asyncio.get_running_loop().time()
         statuses = await self._statuses(wait_s)
         for shard, status in enumerate(statuses):
-            there = {t.table: {_version(v.version): (v.dim, v.default_row) for v in t.versions} for t in status.tables}
+            there = {
+                t.table: {version_of(v.version): (v.dim, v.default_row) for v in t.versions} for t in status.tables
+            }
             _check(tables, there, f"cube shard {shard} at {self._targets[shard]}", absent_zeros)
         await asyncio.to_thread(warm, KERNELS, _touch, log.info)
         self._learn(statuses, at)
@@ -291,10 +300,12 @@ class RemoteCube(Cube):
             of = [t for t in there if t is not None]
             if len(of) < len(statuses):
                 continue
-            common = set.intersection(*({_version(v.version) for v in t.versions} for t in of))
-            dims[table.table] = {_version(v.version): v.dim for v in table.versions if _version(v.version) in common}
+            common = set.intersection(*({version_of(v.version) for v in t.versions} for t in of))
+            dims[table.table] = {
+                version_of(v.version): v.dim for v in table.versions if version_of(v.version) in common
+            }
             # In the middle of a switch the shards differ: the oldest of what they read is what all of them still have.
-            if wanted := {_version(t.current) for t in of} & common:
+            if wanted := {version_of(t.current) for t in of} & common:
                 current[table.table] = min(wanted)
         if self._cache is not None and self._known is not None:
             for name, versions in self._known.dims.items():
@@ -311,11 +322,13 @@ class RemoteCube(Cube):
         return self._learning
 
     async def _learnt(self, timeout_s: float) -> _Known:
-        """What they have now; raises DeadlineExceeded, ShardUnavailable if none of them answers."""
+        """What they have now; raises DeadlineExceeded, ShardUnavailable if none of them answers, Unavailable."""
         learning = self._begin_learning(timeout_s)
         await asyncio.wait((learning,), timeout=max(timeout_s, 0))  # it is everybody's: others may have more time
         if not learning.done():
             raise DeadlineExceeded(f"{self}: no answer in time to what they serve")
+        if learning.cancelled():
+            raise Unavailable("the cube is closed")
         return learning.result()
 
     async def _learn_anew(self, timeout_s: float) -> _Known:
@@ -330,8 +343,9 @@ class RemoteCube(Cube):
                 continue
             statuses.append(parse(pb.StatusReply, answer))
             self._check_place(shard, statuses[-1])
-        if not statuses or not all(isinstance(error, ShardUnavailable) for error in errors):
-            raise errors[0]
+        faults = [error for error in errors if not isinstance(error, ShardUnavailable)]
+        if faults or not statuses:
+            raise (faults or errors)[0]
         return self._learn(statuses, at)
 
     # ---- asking ----
@@ -369,7 +383,7 @@ class RemoteCube(Cube):
             tables=[
                 pb.TableKeys(
                     table=part.ask.table,
-                    version=pb.Version(base=part.version.base, delta=part.version.delta),
+                    version=wire_of(part.version),
                     keys=part.keys_of(shard).tobytes(),
                 )
                 for part in asked
@@ -448,7 +462,7 @@ class _Part:
     def take(self, shard: int, told: pb.TableRows, rows: Buffer, found: Buffer, place: str) -> None:
         """A shard's answer. Raises DataCorrupt for one to another question."""
         at, marks = self.shards[shard], np.frombuffer(found, np.uint8)
-        shape = (_version(told.version), marks.size, told.dim, len(rows))
+        shape = (version_of(told.version), marks.size, told.dim, len(rows))
         if shape != (self.version, at.size, self.dim, 4 * self.dim * at.size) or (marks > 1).any():
             what = "version {}, {} marks, rows of {} elements in {} bytes".format(*shape)
             expected = f"version {self.version}, {at.size} marks of 0 or 1, rows of {self.dim} elements"
@@ -546,10 +560,6 @@ def _look(task: "asyncio.Task[Any]") -> None:
         task.exception()
 
 
-def _version(version: pb.Version) -> Version:
-    return Version(version.base, version.delta)
-
-
 # ---- keys and shards ----
 
 
@@ -630,6 +640,11 @@ def _looked_up(table: Table, version: Version | None, keys: NDArray[np.uint64]) 
     made = _blank(keys.size, store.about.dim, store.about.version)
     store.lookup(keys, made.rows, made.found)
     return made
+
+
+def _is_short(store: Store, keys: int) -> bool:
+    """Whether a lookup of so many keys takes no longer than handing it to a thread, and may run on the event loop."""
+    return store.capabilities.fused and keys <= KEYS_ON_LOOP and 4 * store.about.dim * keys <= BYTES_ON_LOOP
 
 
 def _described(tables: Mapping[str, Table]) -> dict[str, dict[Version, tuple[int, bool]]]:

@@ -226,7 +226,7 @@ _POLICIES = {
 
 
 def legacy_tables(path: Path) -> dict[str, Cluster]:
-    """The tables of a cube.conf (`shared` facts: JSON array, an object per table) and where they are.
+    """The tables of a cube.conf, a JSON array with an object for each table, and where they are.
 
     Its shards are chosen by key modulo their number. `dup` says nothing there either. What the ancestor's reader took
     for granted is checked: as many nodes as shards, each of the table's type, no table twice. Raises BadConfig.

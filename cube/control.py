@@ -13,11 +13,11 @@ from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 
-from cube.errors import BadRequest, DataCorrupt, NotServed
+from cube.errors import BadRequest, DataCorrupt, FailedPrecondition, NotServed, Unavailable
 from cube.keys import ShardRule
 from cube.pb import cube_pb2 as pb
 from cube.pb.cube_config_pb2 import CubeConfig
-from cube.rpc.calls import Buffer, Call, Handler, Method, StatusError, parse
+from cube.rpc.calls import Buffer, Call, Handler, Method, parse
 from cube.rpc.process import Command, Prepared, Process
 from cube.service import CubeService
 from cube.storage.store import Store
@@ -68,7 +68,7 @@ class CubeControl:
         await self._tell("switch", table, version)
 
     async def unload(self, table: str, version: Version) -> None:
-        """Close a version once no lookup reads it. Raises NotServed, Overloaded, StatusError FAILED_PRECONDITION for
+        """Close a version once no lookup reads it. Raises NotServed, Overloaded, FailedPrecondition for
         the current one."""
         await self._tell("unload", table, version)
 
@@ -114,7 +114,7 @@ class CubeControl:
             case "unload":
                 if table.store(version).about.version == table.current:
                     text = f"table {table.name!r} version {version}: found the current one, expected another"
-                    raise StatusError("FAILED_PRECONDITION", f"{text}; switch first")
+                    raise FailedPrecondition(f"{text}; switch first")
                 return Prepared(partial(self._remove, table, version))
             case "reload":
                 load = await self._prepare_load(table, version)
@@ -156,7 +156,7 @@ class CubeControl:
 
     def _go_on(self, bytes_read: int) -> None:
         if self._stop.is_set():
-            raise StatusError("UNAVAILABLE", "the server is stopping")
+            raise Unavailable("the server is stopping")
 
     def _admit(self, table: Table, store: Store) -> None:
         table.add(store)

@@ -21,7 +21,7 @@ from cube.pb import cube_pb2 as pb
 from cube.rpc.calls import parse
 from cube.rpc.channel import Channel
 from cube.rpc.naming import Naming
-from cube.service import SCAN, STATUS
+from cube.service import SCAN, STATUS, version_of, wire_of
 from cube.storage.engines import ENGINES, open_store
 from cube.version import Version
 
@@ -174,11 +174,11 @@ def _tables(args: argparse.Namespace) -> int:
     for status in statuses:
         for table in status.tables:
             for version in table.versions:
-                found.setdefault((table.table, _version(version.version)), []).append((status, table, version))
+                found.setdefault((table.table, version_of(version.version)), []).append((status, table, version))
     rows = []
     for (name, number), there in sorted(found.items(), key=lambda item: (item[0][0], *(-x for x in item[0][1]))):
         by_shard = {status.shard: v for status, _, v in there}
-        current = sum(_version(table.current) == number for _, table, _ in there)
+        current = sum(version_of(table.current) == number for _, table, _ in there)
         first = there[0][2]
         rows.append(
             {
@@ -224,14 +224,14 @@ def _lookup(args: argparse.Namespace) -> int:
 
 def _control(args: argparse.Namespace) -> int:
     version = Version.parse(args.version, "version")
-    message = pb.VersionRequest(table=args.table, version=pb.Version(base=version.base, delta=version.delta))
+    message = pb.VersionRequest(table=args.table, version=wire_of(version))
 
     async def work() -> list[_Told]:
         servers = await _servers(args)
         if args.verb == "switch":  # all or none: nobody switches unless everybody can
             for one in await _tell(args, servers, STATUS, b"", ASK_S):
                 loaded = one.status is not None and any(
-                    table.table == args.table and version in map(_version, (v.version for v in table.versions))
+                    table.table == args.table and version in map(version_of, (v.version for v in table.versions))
                     for table in one.status.tables
                 )
                 if not loaded:
@@ -403,7 +403,3 @@ def _show(rows: list[dict[str, Any]], as_json: bool) -> None:
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     for line in cells:
         print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
-
-
-def _version(version: pb.Version) -> Version:
-    return Version(version.base, version.delta)

@@ -32,7 +32,7 @@ from cube.control import CubeControl
 from cube.errors import BadRequest, NotServed, ServingError
 from cube.rpc.calls import Buffer, Call
 from cube.rpc.router import Handler, HttpError, Request, Response
-from cube.service import Ask, CubeService
+from cube.service import Ask, CubeService, version_of
 from cube.table import Table, check_keys
 from cube.telemetry import CONTENT_TYPE, Telemetry
 from cube.version import Version
@@ -85,10 +85,10 @@ class HttpApi:
         tables = [
             {
                 "name": table.table,
-                "current": str(Version(table.current.base, table.current.delta)),
+                "current": str(version_of(table.current)),
                 "versions": [
                     {
-                        "version": str(Version(v.version.base, v.version.delta)),
+                        "version": str(version_of(v.version)),
                         "dim": v.dim,
                         "rows": v.keys,
                         "row_format": v.row_format,

@@ -13,13 +13,13 @@ from typing import Any
 from cube import kernels
 from cube.control import SERVICE as CONTROL
 from cube.control import CubeControl
-from cube.errors import BadConfig, ServingError, to_wire
+from cube.errors import BadConfig, ServingError, Unauthenticated, to_wire
 from cube.http_api import HttpApi, LegacyApi
 from cube.keys import ShardRule
 from cube.pb import cube_pb2
 from cube.pb.cube_config_pb2 import CubeConfig
 from cube.rpc import health
-from cube.rpc.calls import Call, Method, Reply, StatusError
+from cube.rpc.calls import Call, Method, Reply
 from cube.rpc.process import DOORS, Process, run
 from cube.rpc.reflection import Reflection
 from cube.rpc.router import Handler, Request, Response, Router
@@ -38,6 +38,7 @@ MOST_WORKERS = 1_024  # more is a slip of the keyboard
 
 _DESCRIBED = {SERVICE: cube_pb2.DESCRIPTOR, CONTROL: cube_pb2.DESCRIPTOR}
 _REFUSALS_PER_S = 5  # that get a line each
+_STRANGER = "{}: found no valid token, expected a bearer token"
 
 
 def checked(config: CubeConfig, shard: int) -> CubeConfig:
@@ -99,6 +100,7 @@ def serve(config: CubeConfig, shard: int) -> None:
         api = HttpApi(service, telemetry, config.max_keys, count)
         for route in (*api.routes(), *LegacyApi(service, control, config.legacy_table, config.max_keys).routes()):
             router.add(route.method, route.pattern, gate.http(route.handler), max_body_bytes=route.max_body_bytes)
+        # Made here, not by `serve`, so that it lies behind the gate as everything else does.
         reflection = Reflection({**_DESCRIBED, health.SERVICE: health.Health.FILE})
         handlers = {**service.handlers(), **control.handlers(), **reflection.handlers()}
         control.verify(_stores(mine))
@@ -229,7 +231,7 @@ class Gate:
         def answer(message: Any, call: Call) -> Any:
             try:
                 if tokens is not None and not tokens.admit(call.metadata.get("authorization", b"")):
-                    raise StatusError("UNAUTHENTICATED", f"{call.path}: found no valid token, expected a bearer token")
+                    raise Unauthenticated(_STRANGER.format(call.path))
                 reply: Any = handler(message, call)
             except Exception as error:
                 refused(call.path, call.peer, error)
@@ -247,7 +249,7 @@ class Gate:
 
         def answer(request: Request) -> Any:
             if self._tokens is not None and not self._tokens.admit(request.headers.get("authorization", "")):
-                error = StatusError("UNAUTHENTICATED", f"{request.path}: found no valid token, expected a bearer token")
+                error = Unauthenticated(_STRANGER.format(request.path))
                 self._refused(request.path, request.peer, error)
                 body = b'{"error":"found no valid token, expected a bearer token"}'
                 return Response(401, body, headers=[("www-authenticate", "Bearer")])
@@ -286,7 +288,8 @@ class Gate:
         self._said += 1
         if self._said <= _REFUSALS_PER_S:
             text = "".join(letter if letter.isprintable() else "?" for letter in f"{path[:200]} from {peer}: {error}")
-            log.warning("refused: %s: %s", error.wire.grpc, text)
+            facts = {"code": error.wire.grpc, "path": path[:200], "peer": peer}
+            log.warning("refused: %s: %s", error.wire.grpc, text, extra={"facts": facts})
             return
         if not self._unsaid:
             asyncio.get_running_loop().call_later(1.0, self._tell_unsaid)

@@ -219,7 +219,7 @@ class CubeService:
     def _asked(self, asked: pb.TableKeys) -> Ask:
         name = asked.table
         keys = check_keys(f"table {name!r} keys", asked.keys, self._max_keys)
-        version = Version(asked.version.base, asked.version.delta) if asked.HasField("version") else None
+        version = version_of(asked.version) if asked.HasField("version") else None
         if not (asked.format or asked.pooling or asked.offsets):
             table = self._table(name)
             return Ask(table, table.store(version), keys, False, None, False)
@@ -239,13 +239,13 @@ class CubeService:
         """ScanRequest → stream of ScanReply; raises NotServed, BadRequest, Unimplemented."""
         asked = parse(pb.ScanRequest, message)
         table = self._table(asked.table)
-        store = table.store(Version(asked.version.base, asked.version.delta) if asked.HasField("version") else None)
+        store = table.store(version_of(asked.version) if asked.HasField("version") else None)
         if asked.batch_rows > MOST_SCAN_ROWS:
             raise BadRequest("batch_rows", asked.batch_rows, f"at most {MOST_SCAN_ROWS}")
         about = store.about
         batches = store.scan(min(asked.batch_rows or SCAN_ROWS, max(SCAN_BYTES // about.row_bytes, 1)))
         head = pb.ScanReply(
-            version=_wire(about.version),
+            version=wire_of(about.version),
             dim=about.dim,
             row_format=about.row_format.text,
             row_bytes=about.row_bytes,
@@ -285,12 +285,12 @@ class CubeService:
                 table=table.name,
                 keys_found=keys[table.name][0],
                 keys_absent=keys[table.name][1],
-                current=_wire(table.store(None).about.version),
+                current=wire_of(table.store(None).about.version),
             )
             for store in table.stores:
                 about = store.about
                 status.versions.add(
-                    version=_wire(about.version),
+                    version=wire_of(about.version),
                     dim=about.dim,
                     keys=len(store),
                     file_bytes=store.file_bytes,
@@ -307,7 +307,7 @@ def _reply(asks: Sequence[Ask]) -> Reply:
     for ask in asks:
         about = ask.store.about
         reply.tables.add(
-            version=pb.Version(base=about.version.base, delta=about.version.delta),
+            version=wire_of(about.version),
             dim=about.dim,
             rows=large.put(ask.rows),
             found=large.put(ask.found),
@@ -323,7 +323,13 @@ async def _reply_after(finish: Callable[[], Awaitable[None]], asks: Sequence[Ask
     return _reply(asks)
 
 
-def _wire(version: Version) -> pb.Version:
+def version_of(told: pb.Version) -> Version:
+    """As it came over the wire."""
+    return Version(told.base, told.delta)
+
+
+def wire_of(version: Version) -> pb.Version:
+    """As it goes over the wire."""
     return pb.Version(base=version.base, delta=version.delta)
 
 
@@ -331,8 +337,3 @@ def _tell(loop: asyncio.AbstractEventLoop, act: Callable[[Store], None], store: 
     """Have the loop do something, if it still runs."""
     with contextlib.suppress(RuntimeError):
         loop.call_soon_threadsafe(act, store)
-
-
-def is_short(store: Store, keys: int) -> bool:
-    """Whether a lookup of so many keys takes no longer than handing it to a thread, and may run on the event loop."""
-    return store.capabilities.fused and keys <= KEYS_ON_LOOP and 4 * store.about.dim * keys <= BYTES_ON_LOOP

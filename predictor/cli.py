@@ -7,8 +7,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from cube.cli import conf_file, guarded, log_to_stderr, positive
+from cube.cli import conf_file, guarded, positive
 from cube.config import settle
+from cube.logs import FORMS, log_to_stderr
 from cube.rpc.process import DOORS
 from predictor.pb.predictor_config_pb2 import PredictorConfig
 
@@ -72,6 +73,7 @@ def server(argv: Sequence[str] | None = None) -> int:
         choices=DOORS,
         help="what carries gRPC: lean, one port for gRPC and HTTP (default), or grpcio, its twin: gRPC only, dearer",
     )
+    parser.add_argument("--log", choices=FORMS, help="how lines of the log look (default: text)")
     parser.add_argument("--check", action="store_true", help="load everything, serve nothing")
     args = parser.parse_args(argv)
 
@@ -81,6 +83,7 @@ def server(argv: Sequence[str] | None = None) -> int:
         default = None if args.model else conf_file(None, DEFAULT_CONF)
         conf = Path(args.conf) if args.conf else default
         config = predictor_server.checked(settle(PredictorConfig(), conf, "PREDICTOR", os.environ, vars(args)))
+        log_to_stderr("predictor-server", config.log or FORMS[0])
         if args.check:
             loaded = asyncio.run(predictor_server.check(config))
             print(

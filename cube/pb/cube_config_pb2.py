@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x11\x63ube_config.proto\x12\x13\x63ube_serving.config\"\xf5\x02\n\nCubeConfig\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\t\x12/\n\x05shard\x18\x02 \x03(\x0b\x32 .cube_serving.config.ShardConfig\x12\x0e\n\x06listen\x18\x03 \x01(\t\x12\x15\n\rkeep_versions\x18\x04 \x01(\r\x12\x10\n\x08max_keys\x18\x05 \x01(\r\x12\x0e\n\x06verify\x18\x06 \x01(\t\x12\x11\n\tin_memory\x18\x07 \x01(\x08\x12\x0c\n\x04grpc\x18\x08 \x01(\t\x12\x12\n\nshard_rule\x18\t \x01(\t\x12\x0f\n\x07workers\x18\x14 \x01(\r\x12\x12\n\ntoken_file\x18\x15 \x01(\t\x12\x10\n\x08tls_cert\x18\x16 \x01(\t\x12\x0f\n\x07tls_key\x18\x17 \x01(\t\x12\x15\n\rtls_client_ca\x18\x18 \x01(\t\x12\x14\n\x0clegacy_table\x18\x19 \x01(\t\x12\x35\n\x08replicas\x18\x1a \x01(\x0b\x32#.cube_serving.config.ReplicasConfig\"z\n\x0eReplicasConfig\x12\x0e\n\x06policy\x18\x01 \x01(\t\x12\x14\n\x07retries\x18\x02 \x01(\rH\x00\x88\x01\x01\x12\r\n\x05hedge\x18\x03 \x01(\x01\x12\x13\n\x0bhedge_share\x18\x04 \x01(\x01\x12\x12\n\ntimeout_ms\x18\x05 \x01(\rB\n\n\x08_retries\"\x1e\n\x0bShardConfig\x12\x0f\n\x07\x61\x64\x64ress\x18\x01 \x01(\tb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x11\x63ube_config.proto\x12\x13\x63ube_serving.config\"\x82\x03\n\nCubeConfig\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\t\x12/\n\x05shard\x18\x02 \x03(\x0b\x32 .cube_serving.config.ShardConfig\x12\x0e\n\x06listen\x18\x03 \x01(\t\x12\x15\n\rkeep_versions\x18\x04 \x01(\r\x12\x10\n\x08max_keys\x18\x05 \x01(\r\x12\x0e\n\x06verify\x18\x06 \x01(\t\x12\x11\n\tin_memory\x18\x07 \x01(\x08\x12\x0c\n\x04grpc\x18\x08 \x01(\t\x12\x12\n\nshard_rule\x18\t \x01(\t\x12\x0f\n\x07workers\x18\x14 \x01(\r\x12\x12\n\ntoken_file\x18\x15 \x01(\t\x12\x10\n\x08tls_cert\x18\x16 \x01(\t\x12\x0f\n\x07tls_key\x18\x17 \x01(\t\x12\x15\n\rtls_client_ca\x18\x18 \x01(\t\x12\x14\n\x0clegacy_table\x18\x19 \x01(\t\x12\x35\n\x08replicas\x18\x1a \x01(\x0b\x32#.cube_serving.config.ReplicasConfig\x12\x0b\n\x03log\x18\x1b \x01(\t\"z\n\x0eReplicasConfig\x12\x0e\n\x06policy\x18\x01 \x01(\t\x12\x14\n\x07retries\x18\x02 \x01(\rH\x00\x88\x01\x01\x12\r\n\x05hedge\x18\x03 \x01(\x01\x12\x13\n\x0bhedge_share\x18\x04 \x01(\x01\x12\x12\n\ntimeout_ms\x18\x05 \x01(\rB\n\n\x08_retries\"\x1e\n\x0bShardConfig\x12\x0f\n\x07\x61\x64\x64ress\x18\x01 \x01(\tb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -32,9 +32,9 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'cube_config_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_CUBECONFIG']._serialized_start=43
-  _globals['_CUBECONFIG']._serialized_end=416
-  _globals['_REPLICASCONFIG']._serialized_start=418
-  _globals['_REPLICASCONFIG']._serialized_end=540
-  _globals['_SHARDCONFIG']._serialized_start=542
-  _globals['_SHARDCONFIG']._serialized_end=572
+  _globals['_CUBECONFIG']._serialized_end=429
+  _globals['_REPLICASCONFIG']._serialized_start=431
+  _globals['_REPLICASCONFIG']._serialized_end=553
+  _globals['_SHARDCONFIG']._serialized_start=555
+  _globals['_SHARDCONFIG']._serialized_end=585
 # @@protoc_insertion_point(module_scope)

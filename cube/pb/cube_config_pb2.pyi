@@ -7,7 +7,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class CubeConfig(_message.Message):
-    __slots__ = ("data", "shard", "listen", "keep_versions", "max_keys", "verify", "in_memory", "grpc", "shard_rule", "workers", "token_file", "tls_cert", "tls_key", "tls_client_ca", "legacy_table", "replicas")
+    __slots__ = ("data", "shard", "listen", "keep_versions", "max_keys", "verify", "in_memory", "grpc", "shard_rule", "workers", "token_file", "tls_cert", "tls_key", "tls_client_ca", "legacy_table", "replicas", "log")
     DATA_FIELD_NUMBER: _ClassVar[int]
     SHARD_FIELD_NUMBER: _ClassVar[int]
     LISTEN_FIELD_NUMBER: _ClassVar[int]
@@ -24,6 +24,7 @@ class CubeConfig(_message.Message):
     TLS_CLIENT_CA_FIELD_NUMBER: _ClassVar[int]
     LEGACY_TABLE_FIELD_NUMBER: _ClassVar[int]
     REPLICAS_FIELD_NUMBER: _ClassVar[int]
+    LOG_FIELD_NUMBER: _ClassVar[int]
     data: str
     shard: _containers.RepeatedCompositeFieldContainer[ShardConfig]
     listen: str
@@ -40,7 +41,8 @@ class CubeConfig(_message.Message):
     tls_client_ca: str
     legacy_table: str
     replicas: ReplicasConfig
-    def __init__(self, data: _Optional[str] = ..., shard: _Optional[_Iterable[_Union[ShardConfig, _Mapping]]] = ..., listen: _Optional[str] = ..., keep_versions: _Optional[int] = ..., max_keys: _Optional[int] = ..., verify: _Optional[str] = ..., in_memory: _Optional[bool] = ..., grpc: _Optional[str] = ..., shard_rule: _Optional[str] = ..., workers: _Optional[int] = ..., token_file: _Optional[str] = ..., tls_cert: _Optional[str] = ..., tls_key: _Optional[str] = ..., tls_client_ca: _Optional[str] = ..., legacy_table: _Optional[str] = ..., replicas: _Optional[_Union[ReplicasConfig, _Mapping]] = ...) -> None: ...
+    log: str
+    def __init__(self, data: _Optional[str] = ..., shard: _Optional[_Iterable[_Union[ShardConfig, _Mapping]]] = ..., listen: _Optional[str] = ..., keep_versions: _Optional[int] = ..., max_keys: _Optional[int] = ..., verify: _Optional[str] = ..., in_memory: _Optional[bool] = ..., grpc: _Optional[str] = ..., shard_rule: _Optional[str] = ..., workers: _Optional[int] = ..., token_file: _Optional[str] = ..., tls_cert: _Optional[str] = ..., tls_key: _Optional[str] = ..., tls_client_ca: _Optional[str] = ..., legacy_table: _Optional[str] = ..., replicas: _Optional[_Union[ReplicasConfig, _Mapping]] = ..., log: _Optional[str] = ...) -> None: ...
 
 class ReplicasConfig(_message.Message):
     __slots__ = ("policy", "retries", "hedge", "hedge_share", "timeout_ms")

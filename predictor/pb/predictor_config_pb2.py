@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16predictor_config.proto\x12\x13\x63ube_serving.config\"\xac\x02\n\x0fPredictorConfig\x12\r\n\x05model\x18\x01 \x03(\t\x12\x0e\n\x06listen\x18\x02 \x01(\t\x12\x0c\n\x04\x63ube\x18\x03 \x01(\t\x12\x13\n\x0bmax_samples\x18\x04 \x01(\r\x12\x13\n\x0b\x63ube_wait_s\x18\x05 \x01(\r\x12\x17\n\x0f\x63ube_timeout_ms\x18\x06 \x01(\r\x12\x17\n\x0f\x63ompute_threads\x18\x07 \x01(\r\x12\x10\n\x08max_keys\x18\x08 \x01(\r\x12\x0c\n\x04grpc\x18\t \x01(\t\x12\x17\n\x0f\x63ube_token_file\x18\n \x01(\t\x12\x15\n\rcube_cache_mb\x18\x0b \x01(\r\x12\x13\n\x0b\x63ube_tls_ca\x18\x0c \x01(\t\x12\x15\n\rcube_tls_cert\x18\r \x01(\t\x12\x14\n\x0c\x63ube_tls_key\x18\x0e \x01(\t\"s\n\x0c\x43lientConfig\x12\x0e\n\x06target\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\t\x12\r\n\x05\x62\x61tch\x18\x04 \x01(\r\x12\x13\n\x0b\x63oncurrency\x18\x05 \x01(\r\x12\x12\n\ntimeout_ms\x18\x06 \x01(\rb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16predictor_config.proto\x12\x13\x63ube_serving.config\"\xb9\x02\n\x0fPredictorConfig\x12\r\n\x05model\x18\x01 \x03(\t\x12\x0e\n\x06listen\x18\x02 \x01(\t\x12\x0c\n\x04\x63ube\x18\x03 \x01(\t\x12\x13\n\x0bmax_samples\x18\x04 \x01(\r\x12\x13\n\x0b\x63ube_wait_s\x18\x05 \x01(\r\x12\x17\n\x0f\x63ube_timeout_ms\x18\x06 \x01(\r\x12\x17\n\x0f\x63ompute_threads\x18\x07 \x01(\r\x12\x10\n\x08max_keys\x18\x08 \x01(\r\x12\x0c\n\x04grpc\x18\t \x01(\t\x12\x17\n\x0f\x63ube_token_file\x18\n \x01(\t\x12\x15\n\rcube_cache_mb\x18\x0b \x01(\r\x12\x13\n\x0b\x63ube_tls_ca\x18\x0c \x01(\t\x12\x15\n\rcube_tls_cert\x18\r \x01(\t\x12\x14\n\x0c\x63ube_tls_key\x18\x0e \x01(\t\x12\x0b\n\x03log\x18\x0f \x01(\t\"s\n\x0c\x43lientConfig\x12\x0e\n\x06target\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\t\x12\r\n\x05\x62\x61tch\x18\x04 \x01(\r\x12\x13\n\x0b\x63oncurrency\x18\x05 \x01(\r\x12\x12\n\ntimeout_ms\x18\x06 \x01(\rb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -32,7 +32,7 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'predictor_config_pb2', _glo
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_PREDICTORCONFIG']._serialized_start=48
-  _globals['_PREDICTORCONFIG']._serialized_end=348
-  _globals['_CLIENTCONFIG']._serialized_start=350
-  _globals['_CLIENTCONFIG']._serialized_end=465
+  _globals['_PREDICTORCONFIG']._serialized_end=361
+  _globals['_CLIENTCONFIG']._serialized_start=363
+  _globals['_CLIENTCONFIG']._serialized_end=478
 # @@protoc_insertion_point(module_scope)

@@ -7,7 +7,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class PredictorConfig(_message.Message):
-    __slots__ = ("model", "listen", "cube", "max_samples", "cube_wait_s", "cube_timeout_ms", "compute_threads", "max_keys", "grpc", "cube_token_file", "cube_cache_mb", "cube_tls_ca", "cube_tls_cert", "cube_tls_key")
+    __slots__ = ("model", "listen", "cube", "max_samples", "cube_wait_s", "cube_timeout_ms", "compute_threads", "max_keys", "grpc", "cube_token_file", "cube_cache_mb", "cube_tls_ca", "cube_tls_cert", "cube_tls_key", "log")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     LISTEN_FIELD_NUMBER: _ClassVar[int]
     CUBE_FIELD_NUMBER: _ClassVar[int]
@@ -22,6 +22,7 @@ class PredictorConfig(_message.Message):
     CUBE_TLS_CA_FIELD_NUMBER: _ClassVar[int]
     CUBE_TLS_CERT_FIELD_NUMBER: _ClassVar[int]
     CUBE_TLS_KEY_FIELD_NUMBER: _ClassVar[int]
+    LOG_FIELD_NUMBER: _ClassVar[int]
     model: _containers.RepeatedScalarFieldContainer[str]
     listen: str
     cube: str
@@ -36,7 +37,8 @@ class PredictorConfig(_message.Message):
     cube_tls_ca: str
     cube_tls_cert: str
     cube_tls_key: str
-    def __init__(self, model: _Optional[_Iterable[str]] = ..., listen: _Optional[str] = ..., cube: _Optional[str] = ..., max_samples: _Optional[int] = ..., cube_wait_s: _Optional[int] = ..., cube_timeout_ms: _Optional[int] = ..., compute_threads: _Optional[int] = ..., max_keys: _Optional[int] = ..., grpc: _Optional[str] = ..., cube_token_file: _Optional[str] = ..., cube_cache_mb: _Optional[int] = ..., cube_tls_ca: _Optional[str] = ..., cube_tls_cert: _Optional[str] = ..., cube_tls_key: _Optional[str] = ...) -> None: ...
+    log: str
+    def __init__(self, model: _Optional[_Iterable[str]] = ..., listen: _Optional[str] = ..., cube: _Optional[str] = ..., max_samples: _Optional[int] = ..., cube_wait_s: _Optional[int] = ..., cube_timeout_ms: _Optional[int] = ..., compute_threads: _Optional[int] = ..., max_keys: _Optional[int] = ..., grpc: _Optional[str] = ..., cube_token_file: _Optional[str] = ..., cube_cache_mb: _Optional[int] = ..., cube_tls_ca: _Optional[str] = ..., cube_tls_cert: _Optional[str] = ..., cube_tls_key: _Optional[str] = ..., log: _Optional[str] = ...) -> None: ...
 
 class ClientConfig(_message.Message):
     __slots__ = ("target", "model", "data", "batch", "concurrency", "timeout_ms")
