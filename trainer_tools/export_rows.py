@@ -1,6 +1,7 @@
 """Embedding parameters → rows for cube-build."""
 
-from collections.abc import Iterator
+import shutil
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -9,12 +10,14 @@ from numpy.typing import NDArray
 
 from cube import build
 from cube.errors import BadData
+from cube.rows import RowFormat
 from cube.sources import KEYS_FILE, ROWS_FILE, open_source
 from cube.version import Version
 
 ROWS_DIRECTORY, CUBE_DIRECTORY = "rows", "cube"  # in what prune-program writes
 
 _PIECE = 8 << 20  # bytes of rows held at once
+_RECODED = "cube.recoded"  # where a second cube is until it takes the place of the first
 
 
 class Rows(NamedTuple):
@@ -50,9 +53,32 @@ class Rows(NamedTuple):
             yield piece
 
 
-def build_cube(out: Path, table: str, version: Version) -> None:
-    """The rows of a table written below the directory `out`, as a cube of one shard beside them."""
-    build.build(open_source([str(out / ROWS_DIRECTORY / table)]), out / CUBE_DIRECTORY, table, version)
+def build_cube(
+    out: Path, table: str, version: Version, row_format: RowFormat = RowFormat.F32, directory: str = CUBE_DIRECTORY
+) -> None:
+    """The rows of a table written below `out`, as a cube of one shard beside them, in no more memory than they take.
+
+    Raises BadData for a number that the format cannot hold.
+    """
+    source = open_source([str(out / ROWS_DIRECTORY / table)])
+    memory = max(build.MIN_MEMORY, min(build.DEFAULT_MEMORY, sum(file.size for file in source.files)))
+    try:
+        build.build(source, out / directory, table, version, build.Options(row_format=row_format, memory=memory))
+    except BadData as error:
+        raise BadData(f"table {table!r} {error.place}", error.found, error.expected) from error
+
+
+def recode_cube(out: Path, versions: Mapping[str, Version], row_format: RowFormat) -> Path:
+    """A second cube of the same tables, in another format, beside the first. versions: of each table."""
+    for table, version in versions.items():
+        build_cube(out, table, version, row_format, _RECODED)
+    return out / _RECODED
+
+
+def replace_cube(out: Path) -> None:
+    """Let the recoded cube be the cube."""
+    shutil.rmtree(out / CUBE_DIRECTORY)
+    (out / _RECODED).rename(out / CUBE_DIRECTORY)
 
 
 def read_vocabulary(path: Path) -> NDArray[np.uint64]:

@@ -41,11 +41,16 @@ Slots = Annotated[list[Slot], msgspec.Meta(min_length=1)]
 class TrainedLookup(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """What the inputs of one embedding lookup of a trained program mean."""
 
-    ids: str  # program input, int64[keys]: row numbers
-    offsets: str  # program input, int64[samples * slots + 1]: each bag's first key, and the end
+    ids: str  # program input: row numbers, int64[keys] of bags, else of any shape
+    offsets: str | None = (
+        None  # program input, int64[samples * slots + 1]: each bag's first key, and the end, which some
+    )
+    # programs do without. None: there are no bags, or all are as long as ids has columns
     slots: Slots
     table: str
-    vocabulary: str  # file beside the program, uint64[v]: the key of row i; rows from v on are what an absent key reads
+    vocabulary: str | None = None  # file beside the program, uint64[v]: the key of row i; rows from v on are what an
+    # absent key reads. None: keys are row numbers
+    parameter: str | None = None  # the table's name in the program, where several are read by the same ids
 
 
 class Signature(_Strict, frozen=True):
@@ -72,7 +77,7 @@ class Program(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The dense program."""
 
     file: str
-    format: Literal["torch.export", "paddle"]
+    format: Literal["torch.export", "paddle", "onnx"]
     sha256: str  # of the file
     parameters: str | None = None  # file or directory that holds what `file` does not; None: it holds all
 
@@ -82,16 +87,18 @@ class Lookup(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
 
     keys: str  # request input UINT64 [K]; or raw texts, input `text`
     text: str  # request input BYTES [K]: raw features to sign, instead of keys
-    lengths: str  # request input INT32 [samples, slots]: keys of each slot of each sample
+    lengths: str | None  # request input INT32 [samples, slots]: keys of each slot of each sample. None: every sample
+    # has as many, and the keys (or texts) come in the shape of the feed without its last dimension
     slots: Slots
     table: str
-    pooling: Literal["mean", "sum", "none"]  # of an empty slot: zeros; an absent key counts as a row of zeros
+    pooling: Literal["mean", "sum", "max", "none"]  # of an empty slot: zeros; an absent key counts as a row of zeros
+    weights: str | None = None  # request input FP32 [K]: each row is multiplied by its key's. With pooling "sum" only
     feed: str  # program input FP32 or FP16 [samples * slots, dim]; without pooling a row for each key, in their order
     # Only without pooling, where the program does what follows:
     feed_shape: list[int] | None = None  # [-1, ..., dim]; -1: samples, or with a lod_level all their keys
     lod_level: int = 0  # above 0: a sample may have any number of keys, and the program takes their lengths (LoD)
     arranged_from: list[str] = []  # inputs of the trained program that the keys were arranged from, if not one as it is
-    padding: int | None = None  # the id that stands for no id: the table holds zeros for it
+    padding: int | None = None  # the key that stands for no key. Pooled: it is as if it were not there; else it reads 0
 
 
 class Table(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

@@ -16,9 +16,11 @@ from numpy.typing import NDArray
 
 from cube.client import LocalCube
 from cube.errors import BadData
-from trainer_tools import paddle_runner
+from trainer_tools import feeding, paddle_runner
 from trainer_tools.programs.paddle import PaddleProgram
 from trainer_tools.programs.program import Lookup
+from trainer_tools.pruning import ENDLESS, Difference, difference
+from trainer_tools.tables import Table
 
 _DTYPES = {
     "BOOL": "?", "UINT8": "u1", "INT8": "i1", "INT16": "i2", "INT32": "i4", "INT64": "i8", "FP16": "f2", "FP32": "f4",
@@ -36,13 +38,6 @@ class Given(NamedTuple):
     lod: list[list[int]]
 
 
-class Table(NamedTuple):
-    """Where the rows of a parameter went: a table of a cube, row i under keys[i]."""
-
-    name: str
-    keys: NDArray[np.uint64]
-
-
 class Cut(NamedTuple):
     """A program cut in two."""
 
@@ -52,7 +47,7 @@ class Cut(NamedTuple):
     tables: Mapping[str, Table]  # their tables, by parameter
 
 
-def compare(python: str, original: PaddleProgram, cut: Cut, place: Path, cube: LocalCube, samples: int) -> float:
+def compare(python: str, original: PaddleProgram, cut: Cut, place: Path, cube: LocalCube, samples: int) -> Difference:
     """Largest difference of any output on random samples, between a program as it was trained and what is left of it.
 
     place: the directory in which the pruned program was written. Raises BadData where Paddle cannot run one of them.
@@ -73,7 +68,25 @@ def compare(python: str, original: PaddleProgram, cut: Cut, place: Path, cube: L
     for lookup in lookups:
         feeds[lookup.feed] = _rows(lookup, seen[lookup.ids], cut.tables[lookup.table], cube, cut.pruned)
     after = _run(python, cut.pruned, place, feeds)
-    return max(_difference(before[name], after[name]) for name in outputs)
+    worst = Difference()
+    for name in outputs:
+        is_alike = before[name].lod == after[name].lod
+        worst = worst.or_larger(difference(before[name].array, after[name].array) if is_alike else ENDLESS)
+    return worst
+
+
+def runs(python: str, pruned: PaddleProgram, place: Path) -> feeding.Run:
+    """A pruned program, in its directory, as a function of arrays by name. Raises BadData for one of ragged inputs."""
+    ragged = [tensor.name for tensor in pruned.inputs() if pruned.lod_level(tensor.name)]
+    if ragged:
+        raise BadData(f"--check, inputs {', '.join(ragged)}", "sequences of different lengths (LoD)", "plain tensors")
+    dtypes = {tensor.name: _DTYPES[tensor.datatype] for tensor in pruned.inputs()}
+
+    def run(given: Mapping[str, NDArray[Any]]) -> list[NDArray[Any]]:
+        feeds = {name: Given(given[name].astype(dtype), []) for name, dtype in dtypes.items()}
+        return [value.array for value in _run(python, pruned, place, feeds).values()]
+
+    return run
 
 
 def _observed(
@@ -170,15 +183,3 @@ def _run(python: str, program: PaddleProgram, place: Path, given: Mapping[str, G
         lods = json.loads((Path(scratch) / "lods.json").read_text())
         arrays = [np.load(Path(scratch) / f"out-{number}.npy") for number in range(len(names))]
         return {n: Given(array, lod) for n, array, lod in zip(names, arrays, lods, strict=True)}
-
-
-def _difference(one: Given, other: Given) -> float:
-    """Largest absolute difference; infinite between nan and a number, and where shape or LoD differ."""
-    if one.array.shape != other.array.shape or one.lod != other.lod:
-        return float("inf")
-    if np.array_equal(one.array, other.array, equal_nan=one.array.dtype.kind == "f"):
-        return 0.0
-    with np.errstate(invalid="ignore"):
-        apart = np.abs(one.array.astype(np.float64) - other.array.astype(np.float64))
-    apart[one.array == other.array] = 0  # infinities among them
-    return float("inf") if np.isnan(apart).any() else float(apart.max())

@@ -3,24 +3,19 @@
 import importlib.util
 import os
 import sys
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import numpy as np
-
-from cube.build import check_table_name
 from cube.client import LocalCube
-from cube.errors import BadData, DataCorrupt
 from cube.keys import SIGN_RULE
 from cube.publish import publishing
 from cube.version import Version
-from trainer_tools import manifest, paddle_proof
-from trainer_tools.export_rows import CUBE_DIRECTORY, ROWS_DIRECTORY, build_cube, read_vocabulary, rows_of
-from trainer_tools.paddle_proof import Cut, Table
+from trainer_tools import accuracy, manifest, paddle_proof
+from trainer_tools.export_rows import CUBE_DIRECTORY
+from trainer_tools.paddle_proof import Cut
 from trainer_tools.programs import paddle
-from trainer_tools.programs.paddle import PaddleProgram
-from trainer_tools.programs.program import Candidate, Lookup, chosen, decide
-from trainer_tools.pruning import TOLERANCE, Options, Report
+from trainer_tools.programs.program import Candidate, chosen, decide
+from trainer_tools.pruning import Difference, Options, Report, drawn
+from trainer_tools.tables import export, tables_of
 
 PROGRAM_DIRECTORY = "program"  # in what prune-program writes: parameters may be files of any name
 
@@ -40,23 +35,25 @@ def prune(directory: Path, out: Path, options: Options) -> Report:
     program = trained.serving(options.fetch)
     candidates = decide(program, options.rules)
     lookups = chosen(candidates, str(trained.path))
-    cut = Cut(program, program.cut(lookups), lookups, _tables(program, lookups, options.vocabularies))
+    cut = Cut(program, program.cut(lookups), lookups, tables_of(lookups, options.vocabularies))
     python, unproven = _prover(options, cut)
     with publishing(out, replace=True) as draft:
         place = draft / PROGRAM_DIRECTORY
         place.mkdir()
         cut.pruned.write(place)
-        exported = _export(cut, draft, Version(int(trained.path.stat().st_mtime)), options.drop_zero_rows)
+        paddings = {lookup.table: program.ids(lookup).padding for lookup in lookups}
+        version = Version(int(trained.path.stat().st_mtime))
+        exported = export(program, cut.tables, paddings, draft, version, options.drop_zero_rows)
         result = _manifest(cut, exported, place, options)
         manifest.write(result, draft / manifest.MANIFEST_FILE)
-        difference = 0.0
-        if python:
+        difference = Difference()
+        if python and not unproven:
             original = program if options.fetch else trained  # what names no outputs cannot be run as it stands
             cube = LocalCube(draft / CUBE_DIRECTORY)
             difference = paddle_proof.compare(python, original, cut, place, cube, options.verify_samples)
-        if not difference <= TOLERANCE:
-            found = f"outputs that differ by {difference:g}"
-            raise DataCorrupt(f"{out} proof", found, f"at most {TOLERANCE:g}: nothing was written")
+        difference.check(out)
+        run = paddle_proof.runs(python, cut.pruned, place) if python and options.wanted.data else None
+        measured = accuracy.settle(draft, out, result, options.wanted, run)
     return Report(
         out=out,
         name=result.name,
@@ -69,9 +66,13 @@ def prune(directory: Path, out: Path, options: Options) -> Report:
             sum(path.stat().st_size for path in (out / PROGRAM_DIRECTORY).rglob("*") if path.is_file()),
         ),
         rows=sum(table.rows for table in exported.values()),
-        compared=options.verify_samples if python else 0,
-        largest_difference=difference,
+        compared=0 if unproven else options.verify_samples,
+        largest_difference=difference.largest,
+        largest_ulps=difference.ulps,
         unproven=unproven,
+        row_format=options.wanted.row_format.text,
+        accuracy=measured,
+        picture=drawn(options, program, cut.pruned, candidates),
     )
 
 
@@ -83,19 +84,6 @@ def _noted(candidate: Candidate, cut: Cut) -> Candidate:
     if candidate.is_cut and candidate.lookup.table in cut.pruned.parameters:
         reason += "; the table stays too, for other ops read it"
     return candidate._replace(reason=reason)
-
-
-def _export(cut: Cut, draft: Path, version: Version, drop_zero_rows: bool) -> dict[str, manifest.Table]:
-    """Write the tables: rows for cube-build, and the same as a cube."""
-    exported = {}
-    for parameter, table in cut.tables.items():
-        first = next(lookup for lookup in cut.lookups if lookup.table == parameter)
-        rows = rows_of(table.name, cut.program.table(parameter), table.keys, cut.program.ids(first).padding)
-        count = rows.write(draft / ROWS_DIRECTORY / table.name, drop_zero_rows)
-        del rows  # and with it the pages of the mapped parameter, before the cube is built
-        build_cube(draft, table.name, version)
-        exported[table.name] = manifest.Table(version=str(version), dim=first.dim, rows=count, absent="zeros")
-    return exported
 
 
 def _manifest(cut: Cut, exported: dict[str, manifest.Table], place: Path, options: Options) -> manifest.Manifest:
@@ -124,23 +112,6 @@ def _manifest(cut: Cut, exported: dict[str, manifest.Table], place: Path, option
     )
 
 
-def _tables(program: PaddleProgram, lookups: Sequence[Lookup], vocabularies: Mapping[str, Path]) -> dict[str, Table]:
-    """The tables whose rows are in the program's files, by parameter."""
-    rows = {lookup.table: lookup.rows for lookup in lookups if lookup.rows is not None}
-    if vocabularies and set(vocabularies) != set(rows):
-        found = ", ".join(sorted(vocabularies))
-        raise BadData("--vocabulary", found, f"one for each table that goes, or none: {', '.join(sorted(rows))}")
-    tables: dict[str, Table] = {}
-    for parameter, count in rows.items():
-        name = parameter.replace("/", "_").lstrip(".")
-        check_table_name(name)
-        if name in (table.name for table in tables.values()):
-            raise BadData(f"table {parameter!r}", f"a second {name!r}", "parameters whose names differ without '/'")
-        keys = np.arange(count, dtype=np.uint64)
-        tables[parameter] = Table(name, read_vocabulary(vocabularies[parameter]) if vocabularies else keys)
-    return tables
-
-
 def _lookups(cut: Cut) -> list[manifest.Lookup]:
     shapes = {tensor.name: tensor.shape for tensor in cut.pruned.inputs()}
     numbers = {ids: number for number, ids in enumerate(dict.fromkeys(lookup.ids for lookup in cut.lookups))}
@@ -163,13 +134,13 @@ def _lookups(cut: Cut) -> list[manifest.Lookup]:
 
 
 def _prover(options: Options, cut: Cut) -> tuple[str | None, str]:
-    """The Python that runs the proof, or None and why there is none."""
-    if not options.verify_samples:
-        return None, "--verify 0"
-    remote = sorted({lookup.table for lookup in cut.lookups} - set(cut.tables))
-    if remote:
-        return None, f"rows of {', '.join(remote)} are on a parameter server"
+    """The Python that has Paddle, if there is one; and why nothing is compared, empty if it is."""
     python = options.paddle_python or os.environ.get("PADDLE_PYTHON")
     if not python and importlib.util.find_spec("paddle"):
         python = sys.executable
-    return python, "no Paddle here: --paddle PYTHON, one that has it"
+    remote = sorted({lookup.table for lookup in cut.lookups} - set(cut.tables))
+    if not options.verify_samples:
+        return python, "--verify 0"
+    if remote:
+        return python, f"rows of {', '.join(remote)} are on a parameter server"
+    return python, "" if python else "no Paddle here: --paddle PYTHON, one that has it"

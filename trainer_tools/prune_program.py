@@ -1,26 +1,31 @@
 """prune-program: cut the lookups out of a trained program, and prove that what is left plus the rows is the same.
 
-model/ with a torch.export program, signature.json and vocabularies, or with a Paddle program and its parameters
-    → model.pruned/program.pt2      the dense program; each lookup's output is an input now. Paddle: program/
+model/ with a torch.export program, signature.json and vocabularies, or with a Paddle or an ONNX program
+    → model.pruned/program.pt2      the dense program; each lookup's output is an input now. Paddle, ONNX: program/
       model.pruned/rows/TABLE/      keys.npy and rows.npy, for cube-build
       model.pruned/cube/            the same rows as a one-shard cube, for a predictor without cube-servers
       model.pruned/manifest.json    what ties them together
 """
 
 import argparse
+import importlib.util
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Protocol
 
 import msgspec
 
 from cube.errors import BadData, ServingError
+from cube.rows import RowFormat
 from trainer_tools import manifest, prune_paddle
+from trainer_tools.accuracy import Wanted
 from trainer_tools.export_rows import CUBE_DIRECTORY, ROWS_DIRECTORY
 from trainer_tools.programs.detect import format_of
 from trainer_tools.programs.program import MIN_ROWS, Candidate, Rules
 from trainer_tools.pruning import Options, Report, described, facts
 
+_NAMES = {"paddle": "a Paddle", "onnx": "an ONNX"}
 _WRITTEN = {"program.pt2", prune_paddle.PROGRAM_DIRECTORY, ROWS_DIRECTORY, CUBE_DIRECTORY, manifest.MANIFEST_FILE}
 
 
@@ -31,30 +36,41 @@ def prune(directory: Path, out: Path, options: Options = Options()) -> Report:  
     what cannot be pruned, DataCorrupt if the result does not compute what the original does.
     """
     _check_out(directory, out)
-    if format_of(directory) == "paddle":
-        if options.verify_lines:
-            raise BadData("--lines", "a Paddle program", "a torch.export program")
-        return prune_paddle.prune(directory, out, options)
-    from trainer_tools import prune_torch  # torch is not needed for the other formats
-
-    _check_torch(options)
-    return prune_torch.prune(directory, out, options)
+    options.wanted.check()
+    return _steps(directory, options).prune(directory, out, options)
 
 
 def survey(directory: Path, options: Options = Options()) -> list[Candidate]:  # noqa: B008 - immutable
     """What `prune` would do with each lookup of the program in `directory`, and why. Raises BadData."""
-    if format_of(directory) == "paddle":
-        return prune_paddle.survey(directory, options)
-    from trainer_tools import prune_torch
-
-    _check_torch(options)
-    return prune_torch.survey(directory, options)
+    return _steps(directory, options).survey(directory, options)
 
 
-def _check_torch(options: Options) -> None:
-    if options.fetch or options.vocabularies:
-        flag = "--fetch" if options.fetch else "--vocabulary"
-        raise BadData(flag, "a torch.export program", "a Paddle program; signature.json says it of the other")
+class _Steps(Protocol):
+    """What the module for one format has."""
+
+    def prune(self, directory: Path, out: Path, options: Options) -> Report: ...
+
+    def survey(self, directory: Path, options: Options) -> list[Candidate]: ...
+
+
+def _steps(directory: Path, options: Options) -> _Steps:
+    """The module for a program's format. What the other formats need is not loaded."""
+    form = format_of(directory)
+    if form == "torch.export":
+        from trainer_tools import prune_torch
+
+        if options.fetch:
+            raise BadData("--fetch", "a torch.export program", "a Paddle or an ONNX program")
+        return prune_torch
+    if options.verify_lines:
+        raise BadData("--lines", f"{_NAMES[form]} program", "a torch.export program")
+    if form == "paddle":
+        return prune_paddle
+    if not importlib.util.find_spec("onnx"):
+        raise BadData(str(directory), "an ONNX program, and no onnx here", "pip install 'cube-serving[onnx]'")
+    from trainer_tools import prune_onnx
+
+    return prune_onnx
 
 
 def _check_out(directory: Path, out: Path) -> None:
@@ -79,9 +95,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     beside = directory if directory.name not in ("", "..") else directory.resolve()
     out = Path(args.out) if args.out else beside.parent / f"{beside.name}.pruned"
     try:
-        if args.check:
-            return _check(survey(directory, _options(args)), args.json)
+        if args.dry_run:
+            return _dry_run(survey(directory, _options(args)), args.json)
         report = prune(directory, out, _options(args))
+        if args.svg:
+            Path(args.svg).write_text(report.picture, encoding="utf-8")
     except (ServingError, OSError) as error:
         print(f"prune-program: {error}", file=sys.stderr)
         return 1
@@ -94,7 +112,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _check(candidates: Sequence[Candidate], as_json: bool) -> int:
+def _dry_run(candidates: Sequence[Candidate], as_json: bool) -> int:
     """Print what would be done; 0 if a lookup would go."""
     if as_json:
         said = msgspec.json.encode([facts(candidate) for candidate in candidates])
@@ -114,8 +132,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "directory",
         metavar="DIR",
-        help="trained model: signature.json and the torch.export program it names, or a Paddle program (__model__ or "
-        "*.pdmodel) with its parameters",
+        help="trained model: a torch.export program (*.pt2), which signature.json may explain, a Paddle program "
+        "(__model__ or *.pdmodel) with its parameters, or an ONNX program (*.onnx, also named itself)",
     )
     parser.add_argument(
         "--out", metavar="DIR", help="where to write (default: DIR.pruned); what prune-program wrote there is replaced"
@@ -134,15 +152,16 @@ def _parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="NAME",
-        help="Paddle: an output to serve, instead of those that the program fetches; what it does not depend on goes",
+        help="Paddle, ONNX: an output to serve, instead of the program's own; what it does not depend on goes",
     )
     parser.add_argument(
         "--vocabulary",
         action="append",
         default=[],
         metavar="TABLE=FILE",
-        help="Paddle: a .npy array uint64[rows], the key of each row of a table (default: keys are ids)",
+        help="a .npy array uint64[rows], the key of each row of a table (default: keys are ids)",
     )
+    _add_rows_flags(parser)
     parser.add_argument("--drop-zero-rows", action="store_true", help="rows of zeros are not exported: absent is zeros")
     parser.add_argument(
         "--verify", type=int, default=256, metavar="N", help="compare on N random samples (default: 256)"
@@ -154,7 +173,10 @@ def _parser() -> argparse.ArgumentParser:
         help="Python that has Paddle, to compare Paddle programs with (default: $PADDLE_PYTHON, else this one)",
     )
     parser.add_argument(
-        "--check", action="store_true", help="say which lookups would go and why, write nothing; exit 1 if none would"
+        "--dry-run", action="store_true", help="say which lookups would go and why, write nothing; exit 1 if none would"
+    )
+    parser.add_argument(
+        "--svg", metavar="FILE", help="write a picture of the program before and after the cut, as SVG, to this file"
     )
     parser.add_argument(
         "--json", action="store_true", help="report as JSON on standard output, as text on standard error"
@@ -162,9 +184,32 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_rows_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("row format of the local cube, and what it does to scores")
+    group.add_argument(
+        "--format",
+        default=RowFormat.F32.text,
+        choices=[row_format.text for row_format in RowFormat],
+        help="f32 (default: exact), f16, bf16, or i8 with a scale and a bias per row; what is in rows/ is exact always",
+    )
+    group.add_argument(
+        "--check",
+        metavar="DATA",
+        help="score this data with rows as trained and in the format, and report how scores and AUC change: Criteo "
+        "lines, or an .npz with an array for each input of a request, as the manifest names them, and perhaps `label`",
+    )
+    group.add_argument(
+        "--max-auc-loss", type=float, metavar="X", help="write nothing if --check finds that the AUC falls by more"
+    )
+
+
 def _options(args: argparse.Namespace) -> Options:
-    for flag, value in (("--verify", args.verify), ("--min-rows", args.min_rows)):
-        if value is not None and value < 0:
+    for flag, value in (
+        ("--verify", args.verify),
+        ("--min-rows", args.min_rows),
+        ("--max-auc-loss", args.max_auc_loss),
+    ):
+        if value is not None and not value >= 0:
             raise BadData(flag, value, "0 or more")
     vocabularies = {}
     for text in args.vocabulary:
@@ -177,8 +222,10 @@ def _options(args: argparse.Namespace) -> Options:
         fetch=args.fetch,
         vocabularies=vocabularies,
         drop_zero_rows=args.drop_zero_rows,
+        wanted=Wanted(RowFormat.parse(args.format), Path(args.check) if args.check else None, args.max_auc_loss),
         verify_samples=args.verify,
         verify_lines=Path(args.lines) if args.lines else None,
         paddle_python=args.paddle,
+        draw=bool(args.svg),
         show_progress=sys.stderr.isatty(),
     )

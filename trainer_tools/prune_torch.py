@@ -1,245 +1,264 @@
-"""prune-program for torch.export programs, whose trainer says in signature.json what their inputs mean."""
+"""prune-program for torch.export programs. Their trainer may say in signature.json what their inputs mean."""
 
+import gc
 import itertools
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from cube import build
 from cube.client import LocalCube
-from cube.errors import BadData, DataCorrupt
+from cube.errors import BadData
 from cube.keys import SIGN_RULE
 from cube.publish import publishing
 from cube.version import Version
-from trainer_tools import criteo, manifest
-from trainer_tools.export_rows import CUBE_DIRECTORY, ROWS_DIRECTORY, build_cube, read_vocabulary, rows_of
+from trainer_tools import accuracy, criteo, manifest, torch_proof
+from trainer_tools.export_rows import CUBE_DIRECTORY
+from trainer_tools.feeding import Run
+from trainer_tools.manifest import Manifest
 from trainer_tools.programs import torch_export
-from trainer_tools.programs.program import Candidate, Lookup, chosen, decide
-from trainer_tools.programs.torch_export import PROGRAM_FILE, Bag, TorchProgram
-from trainer_tools.pruning import TOLERANCE, Options, Report
+from trainer_tools.programs.program import Candidate, chosen, decide
+from trainer_tools.programs.torch_export import PROGRAM_FILE, TorchProgram
+from trainer_tools.pruning import Difference, Options, Report, drawn
+from trainer_tools.tables import build_cubes, write_rows
+from trainer_tools.torch_cuts import UNSIGNED, Cut, Trained, are_row_numbers, cuts_of, read, said_of
+from trainer_tools.torch_proof import Expected, Inputs, Keyed, Original
 
-
-class Cut(NamedTuple):
-    """A lookup that goes, and what the trainer said of it."""
-
-    bag: Bag
-    trained: manifest.TrainedLookup
-    vocabulary: NDArray[np.uint64]
-    feed: str
-
-
-class Sparse(NamedTuple):
-    """Keys of one lookup. keys: uint64[k]; lengths: int64[n * slots], keys of each slot of each sample."""
-
-    keys: NDArray[np.uint64]
-    lengths: NDArray[np.int64]
-
-
-class Samples(NamedTuple):
-    """Inputs of n samples to compare on: the dense tensors and, lookup by lookup, the sparse ones."""
-
-    size: int
-    dense: list[torch.Tensor]
-    sparse: list[Sparse]
+_COLLECTED = 64 << 20  # bytes of a program that are worth the second that looking for it takes
 
 
 def survey(directory: Path, options: Options) -> list[Candidate]:
     """Which lookups would go, and why."""
-    _, _, program = _read(directory)
-    return _decided(program, options)
+    return _decided(read(directory), options)
 
 
 def prune(directory: Path, out: Path, options: Options) -> Report:
     """Prune the program in `directory` into `out`; see prune_program.prune."""
-    signature, source, program = _read(directory)
-    candidates = _decided(program, options)
-    lookups = chosen(candidates, str(source))
-    cuts = _cuts(program, lookups, signature, directory)
-    pruned = program.cut(lookups)
-    version = Version(signature.version)
     with publishing(out, replace=True) as draft:
-        file = pruned.write(draft)
-        tables = {}
-        for table, cut in {cut.trained.table: cut for cut in cuts}.items():
-            weight = program.table(cut.bag.weight)
-            rows = rows_of(table, weight, cut.vocabulary)
-            count = rows.write(draft / ROWS_DIRECTORY / table, options.drop_zero_rows)
-            build_cube(draft, table, version)
-            tables[table] = manifest.Table(version=str(version), dim=weight.shape[1], rows=count, absent="zeros")
-        feeds = {cut.feed for cut in cuts}
-        result = manifest.Manifest(
-            schema=1,
-            name=signature.name,
-            version=signature.version,
-            program=manifest.Program(file, "torch.export", manifest.sha256(draft / file)),
-            sign=signature.sign,
-            inputs=[tensor for tensor in pruned.inputs() if tensor.name not in feeds],
-            lookups=[_lookup(cut, several=len(cuts) > 1) for cut in cuts],
-            tables=tables,
-            outputs=pruned.outputs(),
-            cube=CUBE_DIRECTORY,
-            source_sha256=manifest.sha256(source),
-            tool=manifest.tool(),
-        )
-        manifest.write(result, draft / manifest.MANIFEST_FILE)
+        half = _halve(directory, out, draft, options)
+        if half.report.program_bytes[0] > _COLLECTED:
+            gc.collect()  # the trained program is a circle of references; its tables go before the cube comes
+        build_cubes(draft, half.manifest.tables)
         # the proof reads back what was written, not what is in memory
-        compared, difference = _verify(source, draft, cuts, options)
-        if not difference <= TOLERANCE:
-            raise DataCorrupt(
-                f"{out} proof", f"scores that differ by {difference:g}", f"at most {TOLERANCE:g}: nothing was written"
-            )
-    return Report(
-        out=out,
-        name=signature.name,
-        version=signature.version,
-        format=program.format,
-        candidates=candidates,
-        ops=(program.ops(), pruned.ops()),
-        program_bytes=(source.stat().st_size, (out / file).stat().st_size),
-        rows=sum(table.rows for table in tables.values()),
+        run = torch_proof.runs(torch_export.load(draft / PROGRAM_FILE))
+        compared, worst = _compare(half, run, LocalCube(draft / CUBE_DIRECTORY), options)
+        worst.check(out)
+        measured = accuracy.settle(draft, out, half.manifest, options.wanted, run, torch_proof.pool)
+    return replace(
+        half.report,
         compared=compared,
-        largest_difference=difference,
+        largest_difference=worst.largest,
+        largest_ulps=worst.ulps,
+        row_format=options.wanted.row_format.text,
+        accuracy=measured,
     )
 
 
-def _read(directory: Path) -> tuple[manifest.Signature, Path, TorchProgram]:
-    """What the trainer said, the program's file and the program."""
-    signature = manifest.read(manifest.Signature, directory / manifest.SIGNATURE_FILE)
-    if signature.sign != SIGN_RULE:
-        raise BadData(f"{directory / manifest.SIGNATURE_FILE} sign", repr(signature.sign), repr(SIGN_RULE))
-    source = manifest.inside(directory, signature.program, f"{directory / manifest.SIGNATURE_FILE} program")
-    return signature, source, TorchProgram(torch_export.load(source))
+class _Half(NamedTuple):
+    """All that is asked of a trained program."""
+
+    report: Report  # without what is found by comparing
+    manifest: Manifest
+    random: list[Expected]
+    lines: list[list[NDArray[Any]]]  # outputs, batch by batch
 
 
-def _decided(program: TorchProgram, options: Options) -> list[Candidate]:
+def _halve(directory: Path, out: Path, draft: Path, options: Options) -> _Half:
+    """Write what is left of the program, its rows and the manifest, and run the original."""
+    trained = read(directory)
+    candidates = _decided(trained, options)
+    lookups = chosen(candidates, str(trained.source))
+    cuts = cuts_of(trained, lookups, options.vocabularies)
+    pruned = trained.program.cut(lookups)
+    file = draft / pruned.write(draft)
+    parameters = {cut.found.table: cut.table for cut in cuts}
+    tables = write_rows(trained.program, parameters, {}, draft, Version(trained.version), options.drop_zero_rows)
+    result = _manifest(trained, cuts, pruned, tables, manifest.sha256(file))
+    manifest.write(result, draft / manifest.MANIFEST_FILE)
+    report = Report(
+        out=out,
+        name=trained.name,
+        version=trained.version,
+        format=trained.program.format,
+        candidates=[_noted(candidate, cuts, pruned) for candidate in candidates],
+        ops=(trained.program.ops(), pruned.ops()),
+        program_bytes=(trained.source.stat().st_size, file.stat().st_size),
+        rows=sum(table.rows for table in tables.values()),
+        compared=0,
+        largest_difference=0,
+        picture=drawn(options, trained.program, pruned, candidates),
+    )
+    original = Original(trained.program)
+    keyed = [Keyed(cut.found, cut.table.keys) for cut in cuts]
+    samples, lines = options.verify_samples, options.verify_lines
+    return _Half(
+        report,
+        result,
+        torch_proof.expected(original, result, keyed, samples) if samples else [],
+        [original.run(inputs) for inputs in _criteo_inputs(original, keyed, result, lines)] if lines else [],
+    )
+
+
+def _decided(trained: Trained, options: Options) -> list[Candidate]:
     rules = options.rules
-    return decide(program, rules._replace(min_rows=0) if rules.min_rows is None else rules)  # the trainer named them
-
-
-def _cuts(
-    program: TorchProgram, lookups: Sequence[Lookup], signature: manifest.Signature, directory: Path
-) -> list[Cut]:
-    """Match the program's bags with what the signature says of its inputs."""
-    bags, place = program.bags, str(directory / manifest.SIGNATURE_FILE)
-    said = {(lookup.ids, lookup.offsets): lookup for lookup in signature.lookups}
-    known = {(bag.ids, bag.offsets) for bag in bags}
-    if set(said) != known or len(said) != len(signature.lookups):
-        raise BadData(
-            f"{place} lookups", f"ids and offsets {sorted(said)}", f"those of the program's bags, {sorted(known)}"
-        )
-    owner: dict[str, str] = {}
-    for bag in bags:
-        table = said[bag.ids, bag.offsets].table
-        build.check_table_name(table)
-        if owner.setdefault(table, bag.weight) != bag.weight:
-            raise BadData(f"{place} table {table!r}", f"parameters {owner[table]} and {bag.weight}", "one parameter")
-    feeds = {lookup.name: lookup.feed for lookup in lookups}
+    if trained.signature is None:
+        return decide(trained.program, rules)
+    if options.vocabularies:
+        raise BadData("--vocabulary", trained.place, "one of them: the signature names vocabularies")
+    if rules.min_rows is None:
+        rules = rules._replace(min_rows=0)  # the trainer named the lookups
+    said = said_of(trained) if trained.program.found else {}
     return [
-        Cut(
-            bag,
-            lookup,
-            read_vocabulary(manifest.inside(directory, lookup.vocabulary, f"{place} vocabulary")),
-            feeds[bag.node],
-        )
-        for bag in bags
-        if bag.node in feeds
-        for lookup in [said[bag.ids, bag.offsets]]
+        candidate._replace(is_cut=False, reason="signature.json does not name it")
+        if candidate.is_cut and candidate.lookup.name not in said
+        else candidate
+        for candidate in decide(trained.program, rules)
     ]
 
 
-def _lookup(cut: Cut, several: bool) -> manifest.Lookup:
-    prefix = f"{cut.bag.ids}_" if several else ""  # one lookup: plain names
-    return manifest.Lookup(
-        keys=f"{prefix}keys",
-        text=f"{prefix}text",
-        lengths=f"{prefix}lengths",
-        slots=cut.trained.slots,
-        table=cut.trained.table,
-        pooling=cut.bag.pooling,  # type: ignore[arg-type]  # one of the two that find_bags lets pass
-        feed=cut.feed,
+def _noted(candidate: Candidate, cuts: Sequence[Cut], pruned: TorchProgram) -> Candidate:
+    """With what was found out by cutting."""
+    reason, lookup = candidate.reason, candidate.lookup
+    if candidate.is_cut:
+        found = next(cut.found for cut in cuts if cut.found.name == lookup.name)
+        if found.inputs != [found.called]:
+            reason += f"; ids arranged from {', '.join(found.inputs)}"
+        if lookup.table in pruned.program.state_dict:
+            reason += "; the table stays too, for other ops read it"
+    return candidate._replace(reason=reason)
+
+
+def _manifest(
+    trained: Trained, cuts: Sequence[Cut], pruned: TorchProgram, tables: dict[str, manifest.Table], sha256: str
+) -> Manifest:
+    feeds = {cut.feed for cut in cuts}
+    if trained.signature is None:
+        lookups = _lookups(trained.program, cuts, pruned)
+        sign = SIGN_RULE if any(not are_row_numbers(cut.table.keys) for cut in cuts) else UNSIGNED
+    else:
+        lookups = [_said_lookup(cut, pruned, several=len(cuts) > 1) for cut in cuts]
+        sign = trained.signature.sign
+    result = Manifest(
+        schema=1,
+        name=trained.name,
+        version=trained.version,
+        program=manifest.Program(PROGRAM_FILE, "torch.export", sha256),
+        sign=sign,
+        inputs=[tensor for tensor in pruned.inputs() if tensor.name not in feeds],
+        lookups=lookups,
+        tables=tables,
+        outputs=pruned.outputs(),
+        cube=CUBE_DIRECTORY,
+        source_sha256=manifest.sha256(trained.source),
+        tool=manifest.tool(),
     )
+    _check_names(result)
+    return result
 
 
-def _verify(source: Path, draft: Path, cuts: list[Cut], options: Options) -> tuple[int, float]:
-    """Largest difference of any output between the original and pruned + rows, and on how many samples."""
-    original, pruned = torch_export.load(source), torch_export.load(draft / PROGRAM_FILE)
-    runs = torch_export.runnable(original), torch_export.runnable(pruned)
-    names = [t.name for t in torch_export.inputs_of(original)], [t.name for t in torch_export.inputs_of(pruned)]
-    dense = [t for t in torch_export.inputs_of(pruned) if t.name not in {cut.feed for cut in cuts}]
-    cube = LocalCube(draft / CUBE_DIRECTORY)
-    samples, lines = options.verify_samples, options.verify_lines
-    batches = itertools.chain(
-        [_random_samples(cuts, dense, samples, np.random.default_rng(0))] if samples else [],
-        _criteo_samples(cuts, dense, lines) if lines else [],
-    )
-    compared, largest = 0, 0.0
-    bar = tqdm(unit="sample", unit_scale=True, desc="compare", disable=not options.show_progress)
-    with torch.inference_mode(), bar:
-        for batch in batches:
-            feeds = dict(zip((t.name for t in dense), batch.dense, strict=True))
-            for cut, sparse in zip(cuts, batch.sparse, strict=True):
-                feeds |= _both_ways(cut, sparse, cube)
-            try:
-                want, got = (run(*(feeds[name] for name in ours)) for run, ours in zip(runs, names, strict=True))
-            except RuntimeError as error:
-                found = f"inputs the program does not run on ({str(error).splitlines()[0][:200]})"
-                raise BadData("proof", found, "as many slots in signature.json as the program reads") from error
-            largest = max(largest, *(_difference(a, b) for a, b in zip(want, got, strict=True)))
-            compared += batch.size
-            bar.update(batch.size)
-    return compared, largest
-
-
-def _difference(one: torch.Tensor, other: torch.Tensor) -> float:
-    """Largest absolute difference; infinite between nan and anything, 0 between equal infinities."""
-    if torch.equal(one, other):
-        return 0.0
-    apart = torch.where(one == other, 0.0, (one.double() - other.double()).abs()).max().item()
-    return apart if apart == apart else float("inf")
-
-
-def _both_ways(cut: Cut, sparse: Sparse, cube: LocalCube) -> dict[str, torch.Tensor]:
-    """A bag's inputs of the original (ids, offsets) and of the pruned program (the cube's rows, pooled by torch)."""
-    order = np.argsort(cut.vocabulary)
-    at = np.minimum(np.searchsorted(cut.vocabulary, sparse.keys, sorter=order), cut.vocabulary.size - 1)
-    ids = np.where(cut.vocabulary[order[at]] == sparse.keys, order[at], cut.vocabulary.size)
-    offsets = torch.from_numpy(np.concatenate([[0], np.cumsum(sparse.lengths)]))
-    rows = torch.from_numpy(cube.rows(cut.trained.table, None, sparse.keys).rows)
-    each = torch.arange(len(sparse.keys))
-    pooled = torch.nn.functional.embedding_bag(each, rows, offsets, mode=cut.bag.pooling, include_last_offset=True)
-    return {cut.bag.ids: torch.from_numpy(ids), cut.bag.offsets: offsets, cut.feed: pooled}
-
-
-def _random_samples(cuts: list[Cut], dense: list[manifest.Tensor], n: int, rng: np.random.Generator) -> Samples:
-    """Slots of 0 to 3 keys, repeats among them, one key in ten unknown to the program."""
-    for tensor in dense:
-        if tensor.datatype != "FP32" or tensor.shape[:1] != [-1] or -1 in tensor.shape[1:]:
-            found = f"{tensor.datatype} {tensor.shape}"
-            raise BadData(
-                f"input {tensor.name}", found, "FP32 [-1, ...] with fixed width, or no comparison: --verify 0"
-            )
-    sparse = []
+def _lookups(program: TorchProgram, cuts: Sequence[Cut], pruned: TorchProgram) -> list[manifest.Lookup]:
+    """What nobody but the program says: requests name keys as it names ids."""
+    numbers = itertools.count()
+    slots: dict[str, list[manifest.Slot]] = {}
+    taken: dict[str, object] = {tensor.name: tensor for tensor in pruned.inputs()}  # and what the names mean
+    made = []
     for cut in cuts:
-        lengths = rng.integers(0, 4, n * len(cut.trained.slots))
-        keys = rng.choice(cut.vocabulary, lengths.sum())
-        unknown = rng.random(keys.size) < 0.1
-        keys[unknown] = rng.integers(0, 2**64, unknown.sum(), dtype=np.uint64)
-        sparse.append(Sparse(keys, lengths))
-    return Samples(n, [torch.from_numpy(rng.random((n, *t.shape[1:]), dtype=np.float32)) for t in dense], sparse)
+        found = cut.found
+        keys = _free_name(
+            taken, (found.called, f"{found.called}.keys", f"{found.name}.keys"), (found.ids, found.offsets)
+        )
+        if keys not in slots:
+            count = (torch_proof.slots_of(program, found) or 1) if found.offsets else 1
+            names = [keys] if count == 1 else [f"{keys}.{slot}" for slot in range(count)]
+            slots[keys] = [manifest.Slot(name, next(numbers)) for name in names]
+        weights = _free_name(taken, (found.weights, f"{keys}.weights"), found.weights) if found.weights else ""
+        made.append(_entry(cut, pruned, slots[keys], keys, f"{keys}.text", f"{keys}.lengths", weights))
+    return made
 
 
-def _criteo_samples(cuts: list[Cut], dense: list[manifest.Tensor], lines: Path) -> Iterator[Samples]:
+def _free_name(taken: dict[str, object], names: Sequence[str], meaning: object) -> str:
+    """The first name that means nothing else, taken for this. An input that the program still reads has its name."""
+    name = next((name for name in names if taken.get(name, meaning) == meaning), names[-1])
+    taken[name] = meaning
+    return name
+
+
+def _said_lookup(cut: Cut, pruned: TorchProgram, several: bool) -> manifest.Lookup:
+    """What a trainer says: requests name keys after ids, and plainly where there is one lookup."""
+    assert cut.said is not None, "of a trainer's"
+    prefix = f"{cut.said.ids}_" if several else ""
+    return _entry(cut, pruned, cut.said.slots, *(prefix + name for name in ("keys", "text", "lengths", "weights")))
+
+
+def _entry(
+    cut: Cut, pruned: TorchProgram, slots: list[manifest.Slot], keys: str, text: str, lengths: str, weights: str
+) -> manifest.Lookup:
+    found, is_bag = cut.found, cut.found.pooling != "none"
+    (feed,) = (tensor for tensor in pruned.inputs() if tensor.name == cut.feed)
+    has_key = found.padding is not None and found.padding < cut.table.keys.size
+    return manifest.Lookup(
+        keys=keys,
+        text=text,
+        lengths=lengths if is_bag else None,
+        slots=slots,
+        table=cut.table.name,
+        pooling=found.pooling,
+        weights=weights if found.weights else None,
+        feed=cut.feed,
+        feed_shape=None if is_bag else feed.shape,
+        arranged_from=[] if found.inputs == [found.called] else found.inputs,
+        padding=int(cut.table.keys[found.padding]) if has_key else None,
+    )
+
+
+def _check_names(result: Manifest) -> None:
+    """Raise BadData where one name of a request would mean two things."""
+    meant: dict[str, object] = {tensor.name: tensor for tensor in result.inputs}
+    for lookup in result.lookups:
+        shape = lookup.lengths or (lookup.feed_shape or [])[:-1]
+        parts = {lookup.keys: shape, lookup.text: shape, lookup.lengths: lookup.lengths, lookup.weights: lookup.keys}
+        for name, meaning in parts.items():
+            if name is not None and meant.setdefault(name, meaning) != meaning:
+                raise BadData(f"lookup {lookup.feed}", f"request input {name!r}, which is another's too", "other names")
+
+
+def _compare(half: _Half, run: Run, cube: LocalCube, options: Options) -> tuple[int, Difference]:
+    """On how many samples the original and pruned + rows were compared, and how far they are apart."""
+    cases: Iterator[Expected] = iter(half.random)
+    if options.verify_lines:
+        rows = accuracy.criteo_rows(options.verify_lines)
+        lines = (
+            Expected(len(r.labels), accuracy.criteo_request(half.manifest, r), o)
+            for r, o in zip(rows, half.lines, strict=True)
+        )
+        cases = itertools.chain(cases, lines)
+    compared, worst = 0, Difference()
+    with tqdm(unit="sample", unit_scale=True, desc="compare", disable=not options.show_progress) as bar:
+        for case in cases:
+            found = torch_proof.compare(case, run, half.manifest, lambda table, keys: cube.rows(table, None, keys).rows)
+            worst = worst.or_larger(found)
+            compared += case.samples
+            bar.update(case.samples)
+    return compared, worst
+
+
+def _criteo_inputs(original: Original, cuts: Sequence[Keyed], result: Manifest, lines: Path) -> Iterator[Inputs]:
     """The samples of a file of Criteo lines, for a program that takes such."""
-    slots, shapes = [len(cut.trained.slots) for cut in cuts], [tensor.shape for tensor in dense]
-    if (slots, shapes) != ([criteo.SLOTS], [[-1, criteo.INTEGERS]]):
-        found = f"a program with dense inputs {shapes} and lookups of {slots} slots"
-        raise BadData(f"--lines {lines}", found, f"one dense input of {criteo.INTEGERS}, one lookup of {criteo.SLOTS}")
-    for chunk in criteo.chunks(lines):
-        for rows in chunk.batches(4096):
-            sparse = Sparse(rows.keys, rows.lengths.astype(np.int64).ravel())
-            yield Samples(len(rows.labels), [torch.from_numpy(rows.dense)], [sparse])
+    found = cuts[0].found
+    if not accuracy.takes_criteo(result) or found.inputs != [found.ids] or found.is_even:
+        dense, slots = [tensor.shape for tensor in result.inputs], [len(lookup.slots) for lookup in result.lookups]
+        takes = f"a program with dense inputs {dense} and lookups of {slots} slots"
+        raise BadData(f"--lines {lines}", takes, f"one dense input of {criteo.INTEGERS}, one lookup of {criteo.SLOTS}")
+    keys, offsets = cuts[0].keys, str(found.offsets)
+    order = np.argsort(keys)
+    for rows in accuracy.criteo_rows(lines):
+        at = np.minimum(np.searchsorted(keys, rows.keys, sorter=order), keys.size - 1)
+        ids = np.where(keys[order[at]] == rows.keys, order[at], keys.size)
+        ends = rows.offsets if found.has_end else rows.offsets[:-1]
+        inputs = {result.inputs[0].name: rows.dense, found.ids: ids, offsets: ends}
+        yield {name: torch.from_numpy(array) for name, array in inputs.items()}

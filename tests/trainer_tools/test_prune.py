@@ -4,12 +4,16 @@ import json
 import pickle
 import re
 import shutil
+import subprocess
+import sys
 import warnings
 import zipfile
 
 import numpy as np
 import pytest
 import torch
+from places import ROOT
+from torch.export import Dim
 from two_towers import DIM, Net, export, written
 
 from cube.client import LocalCube
@@ -22,10 +26,15 @@ from trainer_tools.prune_program import prune
 from trainer_tools.pruning import Options
 
 
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    return written(tmp_path_factory.mktemp("trained") / "two-towers")
+
+
 @pytest.fixture
-def model(tmp_path):
+def model(trained, tmp_path):
     """A trained model of two tables; prune it into tmp_path / "out"."""
-    return written(tmp_path / "two-towers")
+    return shutil.copytree(trained, tmp_path / "two-towers")
 
 
 def change(model, edit):
@@ -47,7 +56,7 @@ def test_the_pruned_program_holds_no_table_and_takes_pooled_rows_instead(model, 
     prune(model, tmp_path / "out")
     program = torch_export.load(tmp_path / "out" / "program.pt2")
     assert set(program.state_dict) == {"top.weight", "top.bias"}
-    assert not torch_export.find_bags(program)
+    assert not torch_export.TorchProgram(program).lookups()
     inputs = {t.name: (t.datatype, t.shape) for t in torch_export.inputs_of(program)}
     assert inputs == {
         "x": ("FP32", [-1, 5]),
@@ -60,7 +69,7 @@ def test_rows_and_local_cube_hold_the_tables_under_their_keys(model, tmp_path):
     prune(model, tmp_path / "out")
     original = torch_export.load(model / "program.pt2")
     keys = np.load(model / "user.npy")
-    weight = torch_export.weight(original, "users.weight")
+    weight = torch_export.TorchProgram(original).table("users.weight")
     assert np.array_equal(np.load(tmp_path / "out" / "rows" / "users" / "keys.npy"), keys)
     assert np.array_equal(np.load(tmp_path / "out" / "rows" / "users" / "rows.npy"), weight[:10])
     cube = LocalCube(tmp_path / "out" / "cube")
@@ -101,7 +110,7 @@ def test_pruning_again_replaces_what_it_wrote_and_nothing_else(model, tmp_path):
 def test_a_wrong_result_is_not_written(model, tmp_path, monkeypatch):
     real = LocalCube.rows
     monkeypatch.setattr(LocalCube, "rows", lambda *args: real(*args)._replace(rows=real(*args).rows + 1))
-    with pytest.raises(DataCorrupt, match="proof: found scores that differ by"):
+    with pytest.raises(DataCorrupt, match="proof: found outputs that differ by"):
         prune(model, tmp_path / "out")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["two-towers"]
 
@@ -114,8 +123,13 @@ def test_a_wrong_result_is_not_written(model, tmp_path, monkeypatch):
         (lambda s: s.update(version="1"), r"\$\.version"),
         (lambda s: s.update(schema=2), "schema"),
         (lambda s: s.update(sign="md5"), "sign: found 'md5'"),
-        (lambda s: s["lookups"].pop(), "expected those of the program's bags"),
-        (lambda s: s["lookups"][0].update(ids="x"), "expected those of the program's bags"),
+        (lambda s: s["lookups"].append(s["lookups"][0]), "found one that is named before"),
+        (
+            lambda s: s["lookups"][0].update(ids="x"),
+            r"lookup of 'x': found ids x, .* expected one of the program's lookups",
+        ),
+        (lambda s: s["lookups"][0].update(offsets="item_offsets"), "expected one of the program's lookups, once"),
+        (lambda s: s["lookups"][0].update(parameter="items.weight"), "expected one of the program's lookups, once"),
         (lambda s: s["lookups"][0].update(table="items"), "expected one parameter"),
         (lambda s: s["lookups"][0].update(vocabulary="nowhere.npy"), r"nowhere\.npy: found No such file"),
         (
@@ -127,7 +141,7 @@ def test_a_wrong_result_is_not_written(model, tmp_path, monkeypatch):
         (lambda s: s["lookups"][0].update(vocabulary="/etc/passwd"), "vocabulary: found '/etc/passwd'"),
         (lambda s: s["lookups"][0].update(table="../../escaped"), "table name: found '../../escaped'"),
         (lambda s: s["lookups"][0].update(slots=[]), r"slots"),
-        (lambda s: s["lookups"][0]["slots"].pop(), "proof: found inputs the program does not run on"),
+        (lambda s: s["lookups"][0]["slots"].pop(), "slots: found 2, expected 3 in signature.json"),
         (lambda s: s.update(version=-1), r"\$\.version"),
         (lambda s: s.update(program="nowhere.pt2"), r"nowhere\.pt2: found no such file"),
     ],
@@ -139,9 +153,150 @@ def test_a_signature_that_does_not_fit_is_refused_and_nothing_is_written(model, 
     assert not (tmp_path / "out").exists()
 
 
-def test_a_program_without_a_signature_is_refused(model, tmp_path):
+class Fields(torch.nn.Module):
+    """A weight and a vector for each id of one matrix, and a table that nobody names."""
+
+    def __init__(self):
+        super().__init__()
+        self.weights, self.vectors = torch.nn.Embedding(12, 1), torch.nn.Embedding(12, DIM)
+        self.days = torch.nn.Embedding(7, DIM)
+        with torch.no_grad():
+            self.weights.weight[10:], self.vectors.weight[10:] = 0, 0
+
+    def forward(self, fields, day):
+        return {"score": self.weights(fields).sum((1, 2)) + (self.vectors(fields).sum(1) * self.days(day)).sum(1)}
+
+
+def fields(directory, *lookups):
+    """A model whose signature says this."""
+    directory.mkdir()
+    ids, dims = torch.zeros(3, 2, dtype=torch.int64), ({0: Dim("B")}, {0: Dim("B")})
+    program = torch.export.export(Fields().eval(), (ids, ids[:, 0]), dynamic_shapes=dims)
+    torch.export.save(program, directory / "program.pt2")
+    np.save(directory / "keys.npy", np.random.default_rng(1).integers(0, 2**64, 10, dtype=np.uint64))
+    np.save(directory / "more.npy", np.arange(10, dtype=np.uint64))
+    said = {"schema": 1, "name": "fields", "version": 3, "program": "program.pt2", "sign": "none", "lookups": lookups}
+    (directory / "signature.json").write_text(json.dumps(said))
+    return directory
+
+
+def field(name, **changes):
+    slots = [{"name": slot, "number": number} for number, slot in enumerate(("user", "item"))]
+    said = {"ids": "fields", "slots": slots, "table": name.split(".")[0], "parameter": name}
+    return {key: value for key, value in (said | changes).items() if value is not None}
+
+
+def test_a_signature_may_name_lookups_without_bags_that_share_ids(tmp_path):
+    vocabulary = {"vocabulary": "keys.npy"}
+    model = fields(tmp_path / "m", field("weights.weight", **vocabulary), field("vectors.weight", **vocabulary))
+    report = prune(model, tmp_path / "out")
+    assert (report.largest_difference, report.rows) == (0, 20)
+    said = manifest.read(manifest.Manifest, tmp_path / "out" / "manifest.json")
+    assert [(k.keys, k.lengths, k.table, k.feed_shape, len(k.slots)) for k in said.lookups] == [
+        ("fields_keys", None, "weights", [-1, 2, 1], 2),
+        ("fields_keys", None, "vectors", [-1, 2, DIM], 2),
+    ]
+    assert [t.name for t in said.inputs] == ["day"]
+    assert report.candidates[-1].reason == "signature.json does not name it"
+
+
+def test_a_table_without_a_vocabulary_has_row_numbers_for_keys(tmp_path):
+    day = field("days.weight", ids="day", slots=[{"name": "day", "number": 0}])
+    report = prune(fields(tmp_path / "m", day), tmp_path / "out")
+    assert (report.largest_difference, report.rows) == (0, 7)
+    said = manifest.read(manifest.Manifest, tmp_path / "out" / "manifest.json")
+    assert [(k.keys, k.feed_shape) for k in said.lookups] == [("keys", [-1, DIM])]
+    assert np.load(tmp_path / "out" / "rows" / "days" / "keys.npy").tolist() == list(range(7))
+
+
+@pytest.mark.parametrize(
+    ("lookups", "message"),
+    [
+        ([field("weights.weight", parameter=None)], "found parameters weights.weight, vectors.weight, expected `param"),
+        ([field("days.weight")], "expected one of the program's lookups, once"),
+        ([field("weights.weight"), field("vectors.weight", table="weights")], "table 'weights': found parameters"),
+        (
+            [field("weights.weight", vocabulary="keys.npy"), field("vectors.weight", vocabulary="more.npy")],
+            "vocabulary: found another than that of embedding",
+        ),
+        (
+            [field("vectors.weight", slots=[{"name": str(n), "number": n} for n in range(3)])],
+            "slots: found 3, expected 1, or 2",
+        ),
+    ],
+)
+def test_a_signature_of_lookups_without_bags_that_does_not_fit_is_refused(tmp_path, lookups, message):
+    with pytest.raises(BadData, match=message):
+        prune(fields(tmp_path / "m", *lookups), tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["m"]
+
+
+def test_an_absent_key_counts_so_padding_without_a_key_is_refused(model, tmp_path):
+    export(Net(padding_idx=10), model / "program.pt2")
+    with pytest.raises(BadData, match="padding_idx: found row 10, which has no key, expected a row with a key"):
+        prune(model, tmp_path / "out")
+    export(Net(padding_idx=10, mode="sum"), model / "program.pt2")
+    assert prune(model, tmp_path / "out").largest_difference == 0
+
+
+def test_a_full_disk_leaves_nothing(tmp_path):
+    """Every file the tool writes is cut off at 64 KiB, which the kernel reports as it does a full disk."""
+    (tmp_path / "big").mkdir()
+    program = torch.export.export(torch.nn.Embedding(5000, 16), (torch.zeros(3, dtype=torch.int64),))
+    torch.export.save(program, tmp_path / "big" / "program.pt2")
+    code = (
+        "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "from trainer_tools.prune_program import main\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (65536, resource.RLIM_INFINITY))\n"
+        "sys.exit(main(sys.argv[1:]))"
+    )
+    line = [sys.executable, "-c", code, str(tmp_path / "big")]
+    done = subprocess.run(line, capture_output=True, text=True, cwd=ROOT, timeout=60)
+    assert done.returncode == 1
+    assert done.stderr.startswith("prune-program: ")
+    assert done.stderr.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["big"]
+
+
+def test_a_lookup_that_the_signature_does_not_name_stays(model, tmp_path):
+    change(model, lambda said: said["lookups"].pop())
+    report = prune(model, tmp_path / "out")
+    assert [(c.is_cut, c.reason) for c in report.candidates] == [
+        (True, "11 rows of 4"),
+        (False, "signature.json does not name it"),
+    ]
+    assert report.largest_difference == 0
+
+
+def test_without_a_signature_requests_name_keys_as_the_program_names_ids(model, tmp_path):
     (model / "signature.json").unlink()
-    with pytest.raises(BadData, match=r"signature\.json: found No such file"):
+    report = prune(model, tmp_path / "out", Options(rules=Rules(min_rows=1)))
+    assert (report.largest_difference, report.rows, report.name) == (0, 18, "two-towers")
+    said = manifest.read(manifest.Manifest, tmp_path / "out" / "manifest.json")
+    assert (said.sign, said.version) == ("none", int((model / "program.pt2").stat().st_mtime))
+    assert [(k.keys, k.text, k.lengths, len(k.slots), k.table) for k in said.lookups] == [
+        ("user_ids", "user_ids.text", "user_ids.lengths", 3, "users.weight"),
+        ("item_ids", "item_ids.text", "item_ids.lengths", 1, "items.weight"),
+    ]
+
+
+def test_vocabularies_may_come_from_the_command_line(model, tmp_path):
+    (model / "signature.json").unlink()
+    given = {"users.weight": model / "user.npy", "items.weight": model / "item.npy"}
+    options = Options(rules=Rules(min_rows=1), vocabularies=given)
+    assert prune(model, tmp_path / "out", options).largest_difference == 0
+    assert manifest.read(manifest.Manifest, tmp_path / "out" / "manifest.json").sign != "none"
+    keys = np.load(tmp_path / "out" / "rows" / "users.weight" / "keys.npy")
+    assert np.array_equal(keys, np.load(model / "user.npy"))
+    del given["items.weight"]
+    with pytest.raises(BadData, match=r"--vocabulary: found users\.weight, expected one for each table that goes"):
+        prune(model, tmp_path / "out", options)
+
+
+def test_two_programs_and_no_signature_are_refused(model, tmp_path):
+    (model / "signature.json").unlink()
+    shutil.copy(model / "program.pt2", model / "other.pt2")
+    with pytest.raises(BadData, match=r"found other.pt2, program.pt2, expected one \*.pt2"):
         prune(model, tmp_path / "out")
 
 
@@ -169,13 +324,6 @@ def test_a_program_without_lookups_is_refused(model, tmp_path):
     net = torch.nn.Linear(3, 1)
     torch.export.save(torch.export.export(net, (torch.zeros(2, 3),)), model / "program.pt2")
     with pytest.raises(BadData, match="found no lookup to cut, expected one"):
-        prune(model, tmp_path / "out")
-
-
-@pytest.mark.parametrize("bag", [{"mode": "max"}, {"padding_idx": 0}], ids=str)
-def test_a_bag_that_cannot_be_cut_is_refused_by_name(model, tmp_path, bag):
-    export(Net(**bag), model / "program.pt2")
-    with pytest.raises(BadData, match=r"lookup embedding_bag (mode|padding_idx): found"):
         prune(model, tmp_path / "out")
 
 

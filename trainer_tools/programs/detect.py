@@ -8,17 +8,20 @@ from trainer_tools.manifest import SIGNATURE_FILE
 from trainer_tools.programs import paddle_desc
 from trainer_tools.programs.paddle import MODEL_FILES
 
-Format = Literal["torch.export", "paddle"]
-_TORCH_RECIPE = (
-    "a torch.export archive beside a signature.json: "
-    "torch.export.save(torch.export.export(model, example_inputs), 'program.pt2')"
-)
-_FORMATS = "signature.json with a torch.export program (*.pt2), or a Paddle program (__model__ or *.pdmodel)"
+Format = Literal["torch.export", "paddle", "onnx"]
+_ONNX = ".onnx"
+_TORCH_RECIPE = "a torch.export archive: torch.export.save(torch.export.export(model, example_inputs), 'program.pt2')"
+_FORMATS = "a torch.export program (*.pt2), a Paddle program (__model__ or *.pdmodel) or an ONNX program (*.onnx)"
 _HEAD = 4096
 
 
 def format_of(directory: Path) -> Format:
-    """The format of the program in a directory. Raises BadData for one we do not read, saying how to export it."""
+    """The format of the program in a directory, or in a file that is named, which only an ONNX program is.
+
+    Raises BadData for one we do not read, saying how to export it.
+    """
+    if directory.suffix == _ONNX and directory.is_file():
+        return "onnx"
     try:
         files = sorted(path for path in directory.iterdir() if path.is_file())
     except OSError as error:
@@ -28,6 +31,8 @@ def format_of(directory: Path) -> Format:
         return "paddle"
     if SIGNATURE_FILE in names or any(name.endswith(".pt2") for name in names):
         return "torch.export"
+    if any(name.endswith(_ONNX) for name in names):
+        return "onnx"
     for path in files:
         _refuse_known(path)
     raise BadData(str(directory), ", ".join(sorted(names)) or "an empty directory", _FORMATS)
@@ -49,5 +54,3 @@ def _refuse_known(path: Path) -> None:
         else:
             kind = "a file that is no torch.export archive"
         raise BadData(str(path), f"{kind}, which is not opened", _TORCH_RECIPE)
-    if path.suffix == ".onnx":
-        raise BadData(str(path), "an ONNX program, which prune-program does not read yet", _FORMATS)

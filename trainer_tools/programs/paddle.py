@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from numpy.typing import NDArray
 
 from cube.errors import BadData
+from trainer_tools.graph_picture import Graph, Operation
 from trainer_tools.manifest import Tensor
 from trainer_tools.pb.paddle_framework_pb2 import OpDesc, ProgramDesc, VarDesc, VarType
 from trainer_tools.programs import paddle_desc, paddle_parameters
@@ -74,6 +75,12 @@ class PaddleProgram:
     def ops(self) -> int:
         """See TrainedProgram. Without feed and fetch ops."""
         return sum(op.type not in ("feed", "fetch") for block in self.desc.blocks for op in block.ops)
+
+    def graph(self) -> Graph:
+        """See TrainedProgram."""
+        ops = [op for op in self.desc.blocks[0].ops if op.type not in ("feed", "fetch")]
+        operations = [Operation(op.type, reads(op), writes(op)) for op in ops]
+        return Graph(paddle_desc.fed(self.desc), paddle_desc.fetched(self.desc), operations)
 
     def lookups(self) -> list[Lookup]:
         """See TrainedProgram."""

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, Protocol, Self
 from numpy.typing import NDArray
 
 from cube.errors import BadData
+from trainer_tools.graph_picture import Graph
 from trainer_tools.manifest import Tensor
 
 MIN_ROWS = 1000  # smaller tables (positions, weekdays, marks) cost a dense program nothing, and a lookup costs a call
@@ -60,6 +61,9 @@ class TrainedProgram(Protocol):
 
     def ops(self) -> int:
         """How many operations a run does."""
+
+    def graph(self) -> Graph:
+        """What it computes, to be drawn; bodies of loops and branches are one op with what holds them."""
 
     def lookups(self) -> list[Lookup]:
         """Every lookup that the outputs depend on, in the program's order."""

@@ -1,4 +1,4 @@
-"""torch.export programs (.pt2): read safely, describe, find embedding bags, cut them out, write.
+"""torch.export programs (.pt2): read safely, describe, cut lookups out (torch_lookups finds them), write.
 
 A .pt2 is a zip archive. torch's own loader unpickles parts of it when it finds them, so `load` looks first and
 refuses every archive that holds a pickle beyond what torch.load(weights_only=True) accepts.
@@ -8,30 +8,33 @@ import ast
 import errno
 import io
 import json
-import operator
 import re
+import sys
+import warnings
 import zipfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import fx
 from torch.export import Dim, ExportedProgram
 
 from cube.errors import BadData
+from trainer_tools.graph_picture import Graph, Operation
 from trainer_tools.manifest import Tensor
+from trainer_tools.programs import torch_lookups
 from trainer_tools.programs.program import Lookup
+from trainer_tools.programs.torch_lookups import TorchLookup, op_of
 
 DATATYPES = {
     torch.bool: "BOOL", torch.uint8: "UINT8", torch.int8: "INT8", torch.int16: "INT16", torch.int32: "INT32",
     torch.int64: "INT64", torch.float16: "FP16", torch.float32: "FP32", torch.float64: "FP64",
 }  # fmt: skip
-_POOLINGS = {0: "sum", 1: "mean"}  # numbers of aten.embedding_bag's `mode`
 _KNOWN_PARTS = (
     "archive_format", "archive_version", "byteorder", ".data/*", "extra/*", "models/*.json", "data/sample_inputs/*.pt",
     "data/weights/weight_*", "data/weights/*_config.json", "data/constants/tensor_*", "data/constants/*_config.json",
@@ -42,16 +45,6 @@ _ARITHMETIC = (
 )  # fmt: skip
 _PLAIN_NAME = re.compile(r"[A-Za-z][A-Za-z0-9]*(_[A-Za-z0-9]+)*")
 _RECIPE = "a torch.export archive: torch.export.save(torch.export.export(model, example_inputs), 'program.pt2')"
-
-
-class Bag(NamedTuple):
-    """One embedding_bag of a program."""
-
-    node: str  # its name in the graph
-    weight: str  # name of the table's parameter
-    ids: str  # program inputs
-    offsets: str
-    pooling: str
 
 
 PROGRAM_FILE = "program.pt2"
@@ -77,39 +70,66 @@ class TorchProgram:
         return sum(node.op == "call_function" for node in self.program.graph.nodes)
 
     @cached_property
-    def bags(self) -> list[Bag]:
-        """The embedding bags. Raises BadData for one that cannot be cut."""
-        return find_bags(self.program)
+    def found(self) -> list[TorchLookup]:
+        """The same lookups as below, with what torch says of them."""
+        return torch_lookups.find(self.program, self._module)
+
+    @cached_property
+    def nodes(self) -> dict[str, fx.Node]:
+        """The nodes of the program's graph, to look at."""
+        return {node.name: node for node in self._module.graph.nodes}
+
+    def graph(self) -> Graph:
+        """See TrainedProgram. Values are named as the nodes that compute them."""
+        nodes = list(self.nodes.values())
+        operations = [
+            Operation(op_of(node), [read.name for read in node.all_input_nodes], [node.name])
+            for node in nodes
+            if node.op == "call_function" and node.users  # a bag has results that nobody reads
+        ]
+        outputs = [read.name for node in nodes if node.op == "output" for read in node.all_input_nodes]
+        return Graph([node.name for node in nodes if node.op == "placeholder"], outputs, operations)
 
     def lookups(self) -> list[Lookup]:
         """See TrainedProgram."""
-        found = []
-        for bag in self.bags:
-            rows, dim = self.program.state_dict[bag.weight].shape
-            found.append(
-                Lookup(bag.node, f"{bag.pooling} embedding_bag", bag.weight, rows, dim, bag.ids, f"{bag.node}_pooled")
-            )
-        return found
+        return [self._lookup(found) for found in self.found]
 
-    def table(self, name: str) -> np.ndarray[Any, np.dtype[np.float32]]:
-        """See TrainedProgram."""
-        return weight(self.program, name)
+    def table(self, name: str) -> NDArray[Any]:
+        """See TrainedProgram. bfloat16 becomes float32, which holds all of its numbers."""
+        tensor = parameter(self.program, name).detach()
+        array: NDArray[Any] = (tensor.float() if tensor.dtype is torch.bfloat16 else tensor).numpy()
+        return array
 
     def cut(self, lookups: Sequence[Lookup]) -> "TorchProgram":
         """See TrainedProgram."""
-        return TorchProgram(cut(self.program, {lookup.name: lookup.feed for lookup in lookups}))
+        outputs = {found.name: found.output for found in self.found}
+        return TorchProgram(cut(self.program, {outputs[lookup.name]: lookup.feed for lookup in lookups}))
 
     def write(self, directory: Path) -> str:
         """See TrainedProgram."""
         save(self.program, directory / PROGRAM_FILE)
         return PROGRAM_FILE
 
+    @cached_property
+    def _module(self) -> Any:
+        return graph_module(self.program)
+
+    def _lookup(self, found: TorchLookup) -> Lookup:
+        feed = found.name if found.pooling == "none" else f"{found.name}_pooled"
+        while feed in self.program.graph_signature.user_inputs:
+            feed += "_rows"
+        if not found.table:
+            return Lookup(found.name, found.op, "", None, 0, found.called, feed, found.obstacle)
+        rows, dim = (*parameter(self.program, found.table).shape, 0)[:2]
+        return Lookup(found.name, found.op, found.table, rows, dim, found.called, feed, found.obstacle)
+
 
 def load(path: Path) -> ExportedProgram:
     """Read a program without unpickling anything of it; raises BadData."""
     _refuse_unsafe(path)
     try:
-        return torch.export.load(path)
+        with path.open("rb") as file:  # opened by its name, it would be mapped as a whole beside what is read of it
+            return torch.export.load(file)
     except Exception as error:  # torch raises whatever its parts raise
         raise BadData(
             str(path), f"an archive torch cannot read ({str(error).splitlines()[0][:200]})", _RECIPE
@@ -127,6 +147,10 @@ def save(program: ExportedProgram, path: Path) -> None:
 
 def is_stateful(program: ExportedProgram) -> bool:
     """Whether a run changes the program's buffers or inputs, so that the next run's answer depends on it."""
+    if any(getattr(getattr(node.target, "_schema", None), "is_mutable", False) for node in program.graph.nodes):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # torch's of torch
+            program = program.run_decompositions({})  # only without ops in place does a signature say what changes
     signature = program.graph_signature
     return bool(signature.buffers_to_mutate or signature.user_inputs_to_mutate)
 
@@ -161,46 +185,43 @@ def runnable(program: ExportedProgram) -> torch.nn.Module:
 
     Callers check shapes and datatypes; the checks torch would add cost more than a small net.
     """
-    module: Any = program.module(check_guards=False)
-    module.graph.set_codegen(fx.graph.CodeGen())
+    module = graph_module(program)
     module.recompile()
-    module._forward_pre_hooks.clear()  # the exporter's own check of every input's size
     return module  # type: ignore[no-any-return]
 
 
-def find_bags(program: ExportedProgram) -> list[Bag]:
-    """The embedding bags whose ids and offsets are inputs of the program. Raises BadData for one that cannot be cut."""
-    graph = program.module(check_guards=False).graph
-    return [_bag(node) for node in graph.nodes if _is_bag(node)]
+def graph_module(program: ExportedProgram) -> Any:
+    """The program as a graph of its own, in which parameters are get_attr nodes; plain arguments, no checks."""
+    module: Any = program.module(check_guards=False)
+    module.graph.set_codegen(fx.graph.CodeGen())
+    module._forward_pre_hooks.clear()  # the exporter's own check of every input's size
+    return module
 
 
-def weight(program: ExportedProgram, name: str) -> np.ndarray[Any, np.dtype[np.float32]]:
-    """A parameter as float32[rows, dim]; raises BadData for another dtype."""
-    tensor = program.state_dict[name].detach()
-    if tensor.dtype != torch.float32:
-        raise BadData(f"table {name}", str(tensor.dtype), "torch.float32")
-    array: np.ndarray[Any, np.dtype[np.float32]] = tensor.numpy()
-    return array
+def cut(program: ExportedProgram, feeds: Mapping[str, str]) -> ExportedProgram:
+    """The program without some lookups and their tables.
 
-
-def cut(program: ExportedProgram, feeds: dict[str, str]) -> ExportedProgram:
-    """The program without some bags and their tables.
-
-    feeds: name of each bag's node → name of the input that takes its place, float32[bags, dim]. Inputs nobody reads
-    any more go, the others keep their order, the new ones come last. The result is traced anew by torch.export, so
-    torch itself has checked it.
+    feeds: name of the node of each lookup's rows → name of the input that takes its place. Inputs nobody reads any
+    more go, the others keep their order, the new ones come last. The result is traced anew by torch.export, so torch
+    itself has checked it. Raises BadData where torch does not trace it.
     """
     outputs = [tensor.name for tensor in outputs_of(program)]
-    module: Any = program.module(check_guards=False)
+    module = graph_module(program)
     graph: fx.Graph = module.graph
-    graph.set_codegen(fx.graph.CodeGen())
     last = [node for node in graph.nodes if node.op == "placeholder"][-1]
     for node in [n for n in graph.nodes if n.name in feeds]:
-        pooled = next(user for user in node.users if user.target is operator.getitem and user.args[1] == 0)
+        rows = node.meta["val"]
         with graph.inserting_after(last):
-            last = graph.placeholder(feeds[node.name])
-        last.meta["val"] = pooled.meta["val"]
-        pooled.replace_all_uses_with(last)
+            last = instead = graph.placeholder(feeds[node.name])
+        last.meta["val"] = rows
+        if rows.dtype is torch.bfloat16:  # numpy has none; float32 holds the same numbers
+            last.meta["val"] = rows.float()
+            with graph.inserting_before(node):
+                instead = graph.call_function(torch.ops.aten.to.dtype, (last, torch.bfloat16))
+        node.replace_all_uses_with(instead)
+        _measure(graph, last)
+    for node in [n for n in graph.nodes if op_of(n) == "_assert_tensor_metadata"]:
+        graph.erase_node(node)  # it would keep what it looks at; tracing makes those that are needed anew
     output = next(node for node in graph.nodes if node.op == "output")
     output.args = (dict(zip(outputs, output.args[0], strict=True)),)
     graph.eliminate_dead_code()
@@ -211,7 +232,20 @@ def cut(program: ExportedProgram, feeds: dict[str, str]) -> ExportedProgram:
     whole.eval()
     kept = [node for node in graph.nodes if node.op == "placeholder"]
     examples, dims = _examples(kept, program)
-    return torch.export.export(whole, examples, dynamic_shapes=dims)
+    try:
+        return torch.export.export(whole, examples, dynamic_shapes=dims)
+    except Exception as error:  # torch raises whatever its parts raise
+        found = f"what torch does not trace ({next(iter(str(error).splitlines()), '')[:200]})"
+        raise BadData(f"the program without {', '.join(feeds)}", found, "other lookups: --keep, --only") from error
+
+
+def _measure(graph: fx.Graph, feed: fx.Node) -> None:
+    """Take sizes that a feed has from it, so that ids are not needed to count samples."""
+    axes = {str(size): axis for axis, size in enumerate(feed.meta["val"].shape) if not isinstance(size, int)}
+    for node in [n for n in graph.nodes if op_of(n) == "sym_size" and str(n.meta["val"]) in axes]:
+        with graph.inserting_before(node):
+            size = graph.call_function(torch.ops.aten.sym_size.int, (feed, axes[str(node.meta["val"])]))
+        node.replace_all_uses_with(size)
 
 
 def _examples(
@@ -229,9 +263,9 @@ def _examples(
         for symbol in sorted(expression.free_symbols, key=str):
             if str(symbol) not in symbols:
                 bounds = program.range_constraints.get(symbol)
-                lower = int(bounds.lower) if bounds is not None else 0
-                symbols[str(symbol)] = Dim(f"d{len(symbols)}", min=lower)
-                sizes[symbol] = max(lower, 3 + 2 * len(sizes))
+                lower, upper = limits(bounds)
+                symbols[str(symbol)] = Dim(f"d{len(symbols)}", min=lower, max=upper)
+                sizes[symbol] = min(max(lower, 3 + 2 * len(sizes)), upper or sys.maxsize)
         example = int(expression.subs(sizes))
         if expression.is_symbol:
             return example, symbols[str(expression)]
@@ -252,29 +286,18 @@ def _examples(
     return tuple(examples), tuple(dims)
 
 
-def _is_bag(node: fx.Node) -> bool:
-    return node.op == "call_function" and getattr(node.target, "_overloadpacket", None) is torch.ops.aten.embedding_bag
+def limits(bounds: Any) -> tuple[int, int | None]:
+    """Smallest and largest value of a size, from torch's range for it or None; no largest: None."""
+    if bounds is None:
+        return 0, None
+    return int(bounds.lower), int(bounds.upper) if bounds.upper.is_Integer else None
 
 
-def _bag(node: fx.Node) -> Bag:
-    schema: Any = node.target
-    given = dict(zip([a.name for a in schema._schema.arguments], node.args, strict=False)) | node.kwargs
-    table, ids, offsets = given["weight"], given["indices"], given["offsets"]
-    place = f"lookup {node.name}"
-    if not isinstance(table, fx.Node) or table.op != "get_attr":
-        raise BadData(f"{place} table", table, "a parameter of the program")
-    for name, value in (("ids", ids), ("offsets", offsets)):
-        if not isinstance(value, fx.Node) or value.op != "placeholder":
-            raise BadData(f"{place} {name}", f"{value}, computed in the graph", "an input of the program")
-    if given.get("mode", 0) not in _POOLINGS:
-        raise BadData(f"{place} mode", given["mode"], "0 (sum) or 1 (mean)")
-    if given.get("per_sample_weights") is not None:
-        raise BadData(f"{place} per_sample_weights", given["per_sample_weights"], "none")
-    if not given.get("include_last_offset", False):
-        raise BadData(f"{place} include_last_offset", False, "True: offsets of every bag and the end")
-    if given.get("padding_idx") is not None:
-        raise BadData(f"{place} padding_idx", given["padding_idx"], "none")
-    return Bag(node.name, str(table.target), str(ids.target), str(offsets.target), _POOLINGS[given.get("mode", 0)])
+def parameter(program: ExportedProgram, name: str) -> torch.Tensor:
+    """A parameter, buffer or constant."""
+    tensors: dict[str, Any] = {**program.constants, **program.state_dict}
+    tensor: torch.Tensor = tensors[name]
+    return tensor
 
 
 def _described(name: str, value: Any, place: str) -> Tensor:

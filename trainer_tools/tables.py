@@ -1,0 +1,82 @@
+"""Parameters that become tables of a cube: under which names and keys, and writing them."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cube.build import check_table_name
+from cube.errors import BadData
+from cube.version import Version
+from trainer_tools import manifest
+from trainer_tools.export_rows import ROWS_DIRECTORY, build_cube, read_vocabulary, rows_of
+from trainer_tools.programs.program import Lookup, TrainedProgram
+
+
+class Table(NamedTuple):
+    """Where the rows of a parameter go: a table of a cube, row i under keys[i]."""
+
+    name: str
+    keys: NDArray[np.uint64]
+
+
+def tables_of(lookups: Sequence[Lookup], vocabularies: Mapping[str, Path]) -> dict[str, Table]:
+    """The tables of lookups that go, by parameter, as far as their rows are in the program's files.
+
+    Keys are ids, or what a vocabulary gives for each table. Raises BadData.
+    """
+    rows = {lookup.table: lookup.rows for lookup in lookups if lookup.rows is not None}
+    if vocabularies and set(vocabularies) != set(rows):
+        found = ", ".join(sorted(vocabularies))
+        raise BadData("--vocabulary", found, f"one for each table that goes, or none: {', '.join(sorted(rows))}")
+    tables: dict[str, Table] = {}
+    for parameter, count in rows.items():
+        name = parameter.replace("/", "_").lstrip(".")
+        check_table_name(name)
+        if name in (table.name for table in tables.values()):
+            raise BadData(f"table {parameter!r}", f"a second {name!r}", "parameters whose names differ without '/'")
+        keys = np.arange(count, dtype=np.uint64)
+        tables[parameter] = Table(name, read_vocabulary(vocabularies[parameter]) if vocabularies else keys)
+    return tables
+
+
+def export(
+    program: TrainedProgram,
+    tables: Mapping[str, Table],
+    paddings: Mapping[str, int | None],
+    draft: Path,
+    version: Version,
+    drop_zero_rows: bool,
+) -> dict[str, manifest.Table]:
+    """Write tables below `draft`: rows for cube-build, and the same as a cube.
+
+    paddings: by parameter, the row that counts as zeros.
+    """
+    exported = write_rows(program, tables, paddings, draft, version, drop_zero_rows)
+    build_cubes(draft, exported)
+    return exported
+
+
+def write_rows(
+    program: TrainedProgram,
+    tables: Mapping[str, Table],
+    paddings: Mapping[str, int | None],
+    draft: Path,
+    version: Version,
+    drop_zero_rows: bool,
+) -> dict[str, manifest.Table]:
+    """The first half of `export`, after which the program's tables are not needed."""
+    written = {}
+    for parameter, table in tables.items():
+        rows = rows_of(table.name, program.table(parameter), table.keys, paddings.get(parameter))
+        count = rows.write(draft / ROWS_DIRECTORY / table.name, drop_zero_rows)
+        written[table.name] = manifest.Table(version=str(version), dim=rows.rows.shape[1], rows=count, absent="zeros")
+    return written
+
+
+def build_cubes(draft: Path, tables: Mapping[str, manifest.Table]) -> None:
+    """The second half: the rows that are there as a cube."""
+    for name, table in tables.items():
+        build_cube(draft, name, Version.parse(table.version))
