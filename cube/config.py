@@ -6,7 +6,7 @@ with file, line and the nearest name.
 
 import difflib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,27 +17,45 @@ from google.protobuf.message import Message
 from cube.errors import BadConfig
 
 M = TypeVar("M", bound=Message)
-_UNKNOWN = re.compile(r'has no field named "(\w+)"')
+_UNKNOWN = re.compile(r'type "([\w.]+)" has no field named "(\w+)"')
 
 
 def read(path: Path, message: M) -> M:
     """Parse a .prototxt file into `message`; raises BadConfig naming file, line and column."""
+    return parse(text_of(path), path, message)
+
+
+def text_of(path: Path) -> str:
+    """What a file holds; raises BadConfig."""
     try:
-        text = path.read_text()
+        return path.read_text()
     except (OSError, UnicodeDecodeError) as error:
         raise BadConfig(str(path), getattr(error, "strerror", None) or error, "a readable text file") from error
+
+
+def parse(text: str, path: Path, message: M) -> M:
+    """Parse the text of the .prototxt file at `path` into `message`; raises BadConfig naming file, line and column."""
     try:
         return text_format.Parse(text, message)
     except text_format.ParseError as error:
         place = f"{path}:{error.GetLine() or 1}:{error.GetColumn() or 1}"
         found = str(error).split(" : ", 1)[-1].strip()
-        if unknown := _UNKNOWN.search(found):
-            names = [n for d in (message.DESCRIPTOR, *_nested(message)) for n in d.fields_by_name]
-            near = difflib.get_close_matches(unknown[1], names, 1)
-            raise BadConfig(
-                place, f"unknown field {unknown[1]!r}", repr(near[0]) if near else f"one of {names}"
-            ) from error
-        raise BadConfig(place, found, f"a {message.DESCRIPTOR.name} in protobuf text format") from error
+        raise unexpected(place, found, message) from error
+
+
+def unexpected(place: str, found: str, message: Message) -> BadConfig:
+    """The error for what protobuf says of a file; of an unknown field, with the nearest name of that message."""
+    if unknown := _UNKNOWN.search(found):
+        names = next(kind.fields_by_name for kind in _kinds(message.DESCRIPTOR, {}) if kind.full_name == unknown[1])
+        return BadConfig(place, f"unknown field {unknown[2]!r}", nearest(unknown[2], names))
+    return BadConfig(place, found, f"a {message.DESCRIPTOR.name} as the schema in proto/ says")
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """What to say was expected instead of a name that is none of `names`."""
+    known = list(names)
+    near = difflib.get_close_matches(name, known, 1)
+    return repr(near[0]) if near else f"one of {', '.join(known) or 'none'}"
 
 
 def settle(message: M, path: Path | None, prefix: str, environ: Mapping[str, str], flags: Mapping[str, Any]) -> M:
@@ -83,5 +101,11 @@ def _typed(field: FieldDescriptor, raw: str, place: str) -> Any:
     return int(raw)
 
 
-def _nested(message: Message) -> list[Any]:
-    return [f.message_type for f in message.DESCRIPTOR.fields if f.message_type is not None]
+def _kinds(schema: Any, seen: dict[str, Any]) -> Iterable[Any]:
+    """A message's type and those of its fields, at any depth."""
+    if schema.full_name not in seen:
+        seen[schema.full_name] = schema
+        for field in schema.fields:
+            if field.message_type is not None:
+                _kinds(field.message_type, seen)
+    return seen.values()

@@ -1,9 +1,12 @@
 """What a program says on standard error: a line per life-cycle event and per refusal, none per served call."""
 
+import asyncio
 import json
 import logging
 import sys
 import time
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from cube.errors import BadConfig
 
@@ -22,6 +25,35 @@ def log_to_stderr(program: str, form: str = FORMS[0]) -> None:
     text = f"%(asctime)s {program}[%(process)d] %(levelname)s %(message)s"
     handler.setFormatter(_JsonLines(program) if form == "json" else logging.Formatter(text))
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
+
+
+class Sparing:
+    """Warnings of one kind, at most so many a second: of the others a line says how many there were.
+
+    Owned by the event loop.
+    """
+
+    def __init__(self, log: logging.Logger, kind: str, most_per_s: int):
+        self._log, self._kind, self._most_per_s = log, kind, most_per_s
+        self._second, self._said, self._unsaid = 0, 0, 0
+
+    def warning(self, tell: Callable[[], tuple[str, Mapping[str, Any]]]) -> None:
+        """A line "kind: text", if there may be one. tell: text and facts (see `log_to_stderr`), if they are needed."""
+        second = int(time.monotonic())
+        if second != self._second:
+            self._second, self._said = second, 0
+        self._said += 1
+        if self._said <= self._most_per_s:
+            text, facts = tell()
+            self._log.warning("%s: %s", self._kind, text, extra={"facts": facts})
+            return
+        if not self._unsaid:
+            asyncio.get_running_loop().call_later(1.0, self._tell_unsaid)
+        self._unsaid += 1
+
+    def _tell_unsaid(self) -> None:
+        unsaid, self._unsaid = self._unsaid, 0
+        self._log.warning("%s: %d more within a second", self._kind, unsaid)
 
 
 class _JsonLines(logging.Formatter):

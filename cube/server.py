@@ -5,7 +5,6 @@ import contextlib
 import hmac
 import logging
 import stat
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from cube.control import CubeControl
 from cube.errors import BadConfig, ServingError, Unauthenticated, to_wire
 from cube.http_api import HttpApi, LegacyApi
 from cube.keys import ShardRule
+from cube.logs import Sparing
 from cube.pb import cube_pb2
 from cube.pb.cube_config_pb2 import CubeConfig
 from cube.rpc import health
@@ -217,12 +217,19 @@ def _tokens(config: CubeConfig) -> Tokens | None:
     return Tokens(lines)
 
 
+def _refusal(path: str, peer: str, error: ServingError) -> tuple[str, dict[str, Any]]:
+    """What the log's line about it says, and its facts."""
+    code, text = error.wire.grpc, f"{path[:200]} from {peer}: {error}"
+    printable = "".join(letter if letter.isprintable() else "?" for letter in text)
+    return f"{code}: {printable}", {"code": code, "path": path[:200], "peer": peer}
+
+
 class Gate:
     """What every call passes but health checks: the token, the count of refusals, a line for them."""
 
     def __init__(self, tokens: Tokens | None, counts: Counts):
         self._tokens, self._counts = tokens, counts
-        self._second, self._said, self._unsaid = 0, 0, 0
+        self._lines = Sparing(log, "refused", _REFUSALS_PER_S)
 
     def grpc(self, method: Method) -> Method:
         """The same method, behind the gate."""
@@ -282,19 +289,4 @@ class Gate:
         self._counts.refusal(to_wire(error).code)
         if not isinstance(error, ServingError):  # whoever catches it logs it
             return
-        second = int(time.monotonic())
-        if second != self._second:
-            self._second, self._said = second, 0
-        self._said += 1
-        if self._said <= _REFUSALS_PER_S:
-            text = "".join(letter if letter.isprintable() else "?" for letter in f"{path[:200]} from {peer}: {error}")
-            facts = {"code": error.wire.grpc, "path": path[:200], "peer": peer}
-            log.warning("refused: %s: %s", error.wire.grpc, text, extra={"facts": facts})
-            return
-        if not self._unsaid:
-            asyncio.get_running_loop().call_later(1.0, self._tell_unsaid)
-        self._unsaid += 1
-
-    def _tell_unsaid(self) -> None:
-        unsaid, self._unsaid = self._unsaid, 0
-        log.warning("refused: %d more within a second", unsaid)
+        self._lines.warning(lambda: _refusal(path, peer, error))

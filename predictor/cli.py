@@ -14,6 +14,7 @@ from cube.rpc.process import DOORS
 from predictor.pb.predictor_config_pb2 import PredictorConfig
 
 DEFAULT_CONF = Path("conf/predictor.prototxt")
+BATCHING = ("adaptive", "off")
 
 
 def server(argv: Sequence[str] | None = None) -> int:
@@ -28,7 +29,13 @@ def server(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--model", action="append", metavar="DIR", help="directory to serve; may be repeated")
     parser.add_argument(
-        "--conf", metavar="FILE", help=f"configuration (default: {DEFAULT_CONF} if it exists and no --model is given)"
+        "--conf",
+        metavar="PLACE",
+        help="a directory with service.prototxt, workflow.prototxt ... (see predictor/config.py), or a file "
+        f"(default: {DEFAULT_CONF} if it exists and no --model is given)",
+    )
+    parser.add_argument(
+        "--flagfile", metavar="FILE", help="flags of such a directory, --name=value; go before its gflags.conf"
     )
     parser.add_argument(
         "--listen", metavar="HOST:PORT", help="address to listen on; port 0 takes a free one (default: 127.0.0.1:8500)"
@@ -74,23 +81,50 @@ def server(argv: Sequence[str] | None = None) -> int:
         help="what carries gRPC: lean, one port for gRPC and HTTP (default), or grpcio, its twin: gRPC only, dearer",
     )
     parser.add_argument("--log", choices=FORMS, help="how lines of the log look (default: text)")
+    parser.add_argument(
+        "--slow-request-ms", type=positive, metavar="MS",
+        help="requests that take longer get a line in the log (default: none does)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--tracer-interval-s", type=positive, metavar="S",
+        help="every so often a table of where the time goes (default: never)",
+    )  # fmt: skip
+    parser.add_argument("--tracer-file", metavar="FILE", help="what these tables are appended to (default: the log)")
+    parser.add_argument(
+        "--otel-endpoint", metavar="URL", help="where OpenTelemetry spans of requests go (default: nowhere)"
+    )
+    parser.add_argument(
+        "--batching", choices=BATCHING,
+        help="merge requests that wait at the same time: adaptive (default; nobody waits for company) or off",
+    )  # fmt: skip
+    parser.add_argument("--batch-max-samples", type=positive, metavar="N", help="largest batch (default: 4096)")
+    parser.add_argument(
+        "--batch-max-delay-ms", type=positive, metavar="MS", help="longest wait for company (default: none)"
+    )
     parser.add_argument("--check", action="store_true", help="load everything, serve nothing")
     args = parser.parse_args(argv)
 
     def work() -> int:
-        from predictor import server as predictor_server  # here, so that --help does not wait for torch
+        from predictor import server as predictor_server  # here, so that --help does not wait for it
+        from predictor.assembly import outlined
+        from predictor.config import load
 
-        default = None if args.model else conf_file(None, DEFAULT_CONF)
-        conf = Path(args.conf) if args.conf else default
-        config = predictor_server.checked(settle(PredictorConfig(), conf, "PREDICTOR", os.environ, vars(args)))
+        is_directory = bool(args.flagfile or (args.conf and Path(args.conf).is_dir()))
+        default = None if args.model or is_directory else conf_file(None, DEFAULT_CONF)
+        file = Path(args.conf) if args.conf and not is_directory else default
+        config = settle(PredictorConfig(), file, "PREDICTOR", os.environ, vars(args))
         log_to_stderr("predictor-server", config.log or FORMS[0])
+        said = load(args.conf and Path(args.conf), args.flagfile and Path(args.flagfile)) if is_directory else None
+        config = predictor_server.checked(config, said)
         if args.check:
-            loaded = asyncio.run(predictor_server.check(config))
+            loaded = asyncio.run(predictor_server.check(config, said))
             print(
                 f"predictor-server: would serve {', '.join(f'{m.name} {m.version}' for m in loaded)} on {config.listen}"
             )
+            if said is not None:
+                print("\n".join(line for service in loaded for line in outlined(service)))
             return 0
-        predictor_server.serve(config)
+        predictor_server.serve(config, said)
         if predictor_server.is_computing():
             sys.stdout.flush()
             os._exit(0)  # the interpreter would wait for a run that nobody waits for any more

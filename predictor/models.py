@@ -1,41 +1,37 @@
-"""A directory → a model that answers: manifest, engine, cube, workflow."""
+"""A directory → a model: manifest, engine, cube. What its workflow is, if no configuration says otherwise."""
 
 import hashlib
-import logging
-from collections.abc import Mapping
-from concurrent.futures import Executor as Threads
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-
-import numpy as np
+from typing import Literal
 
 from cube.client import Cube, LocalCube
 from cube.errors import BadConfig
 from cube.keys import SIGN_RULE
-from cube.rpc.calls import Call
+from cube.version import Version
 from predictor.engines.engine import Engine
-from predictor.engines.torch_engine import TorchEngine
-from predictor.executor import Executor
-from predictor.ops.dense import Dense
-from predictor.ops.gather import Gather, found_of
-from predictor.ops.op import Op, Values
+from predictor.engines.open import open_engine
+from predictor.ops.gather import Gather
+from predictor.ops.infer import Infer, NanPolicy
+from predictor.ops.op import Port
 from predictor.ops.pool import Pool
-from predictor.ops.read import Read
-from predictor.ops.sign import Sign, signed
-from predictor.tensors import DTYPES, shape_text, texts
-from predictor.workflow import stages
+from predictor.requests import Form
+from predictor.tensors import shape_text
+from predictor.workflow import Dependency, Node
 from trainer_tools import manifest
 from trainer_tools.manifest import Lookup, Manifest, Tensor
 
-log = logging.getLogger(__name__)
+Format = Literal["torch.export", "paddle", "onnx"]
+Opener = Callable[[Path, Format], Engine]
+
+PROGRAMS = ("*.pt2", "*.onnx")  # what a directory without a manifest may hold one of
 
 
 @dataclass(frozen=True)
 class Settings:
     """What all models of a process share. cube: None for the local cube that a model's manifest names."""
 
-    threads: Threads
     cube: Cube | None
     max_samples: int
     max_keys: int
@@ -45,127 +41,123 @@ class Settings:
 
 @dataclass(frozen=True)
 class Model:
-    """One version of one model, ready to answer."""
+    """One version of one model: its net, and the rows it reads."""
 
     name: str
     version: str
-    platform: str
-    inputs: list[Tensor]  # of a request; a lookup's raw texts may stand in for its keys
-    outputs: list[Tensor]
-    tables: dict[str, str]  # version of each table it reads
-    source: str  # where rows come from, for people; empty without tables
-    _lookups: list[Lookup]
-    _executor: Executor
-    _local_cube: Cube | None
+    engine: Engine
+    inputs: Mapping[str, Port]  # dense ones: straight from request to program
+    tables: dict[str, str] = field(default_factory=dict)  # version of each table it reads
+    source: str = ""  # where rows come from, for people; empty without tables
+    lookups: tuple[Lookup, ...] = ()
+    lengths: Mapping[str, str] = field(default_factory=dict)  # of ragged dense inputs: the input with their lengths
+    table_versions: Mapping[str, tuple[Version, int]] = field(default_factory=dict)  # and dims
+    cube: Cube | None = None
+    owns_cube: bool = False
 
-    async def run(self, inputs: Mapping[str, Any], call: Call) -> tuple[Values, dict[str, int | str]]:
-        """Outputs by name, and facts of the run: keys looked up, keys absent, version of each table."""
-        values = await self._executor.run(inputs, call)
-        facts: dict[str, int | str] = {}
-        if self._lookups:
-            facts["keys"] = sum(values[signed(lookup)].size for lookup in self._lookups)
-            facts["keys_absent"] = sum(int(np.count_nonzero(~values[found_of(lookup)])) for lookup in self._lookups)
-        facts |= {f"table.{name}": version for name, version in self.tables.items()}
-        return {tensor.name: values[tensor.name] for tensor in self.outputs}, facts
+    def nodes(self, settings: Settings, nan: NanPolicy = "pass") -> list[Node]:
+        """The workflow that serves it: gather → pool → infer, or infer alone."""
+        if not self.lookups:
+            return [Node("infer", Infer(self.engine, nan=nan))]
+        return [
+            Node("gather", self.gather(settings)),
+            Node("pool", self.pool(), (Dependency("gather"),)),
+            Node("infer", Infer(self.engine, nan=nan), (Dependency("pool"),)),
+        ]
+
+    def gather(self, settings: Settings) -> Gather:
+        """The op that fetches its rows. Raises BadConfig for a model without tables."""
+        return Gather(self.lookups, self.table_versions, self._asked_cube(), settings.cube_timeout_s)
+
+    def pool(self) -> Pool:
+        """The op that makes its program's inputs of rows."""
+        dims = {name: dim for name, (_, dim) in self.table_versions.items()}
+        return Pool(self.lookups, dims, {t.name: t.datatype for t in self.engine.inputs})
+
+    def form(self, settings: Settings) -> Form:
+        """What a request for it must hold."""
+        return Form(
+            self.inputs,
+            self.lookups,
+            max_samples=settings.max_samples,
+            max_keys=settings.max_keys,
+            finite=bool(self.lookups),
+            lengths=self.lengths,
+        )
 
     async def close(self) -> None:
-        """Release the model's own cube; a shared one belongs to the process."""
-        if self._local_cube:
-            await self._local_cube.close()
+        """Release the engine and the model's own cube; a shared one belongs to the process."""
+        self.engine.close()
+        if self.cube is not None and self.owns_cube:
+            await self.cube.close()
+
+    def _asked_cube(self) -> Cube:
+        if self.cube is None:
+            raise BadConfig(f"model {self.name!r}", "no tables", "a model that prune-program wrote")
+        return self.cube
 
 
-async def load(directory: Path, settings: Settings) -> Model:
-    """A model ready to answer, warmed up; raises BadConfig, BadData, DataCorrupt, ShardUnavailable."""
+async def load(directory: Path, settings: Settings, opener: Opener = open_engine) -> Model:
+    """A model, its cube checked. Raises BadConfig, BadData, DataCorrupt, ShardUnavailable."""
     if (directory / manifest.MANIFEST_FILE).is_file():
-        model = await _pruned(directory, settings)
-    else:
-        model = _plain(directory, settings)
-    for request in _warm_up(model):
-        try:
-            await model.run(request, Call("warm-up"))
-        except Exception as error:
-            if model.tables:
-                raise
-            # zeros of size 2 may not suit a program that we know nothing of; its callers will tell
-            log.warning("model %s: warm-up failed (%s), so its first request will be slow", model.name, error)
-    return model
+        return await _pruned(directory, settings, opener)
+    return _plain(directory, opener)
 
 
-async def _pruned(directory: Path, settings: Settings) -> Model:
+async def _pruned(directory: Path, settings: Settings, opener: Opener) -> Model:
     """What prune-program wrote."""
     path = directory / manifest.MANIFEST_FILE
     said = manifest.read(Manifest, path)
-    if said.sign != SIGN_RULE:
-        raise BadConfig(f"{path} sign", repr(said.sign), repr(SIGN_RULE))
+    if said.sign not in (SIGN_RULE, "none"):
+        raise BadConfig(f"{path} sign", repr(said.sign), f"{SIGN_RULE!r}, or 'none' where keys are ids")
     program = manifest.inside(directory, said.program.file, f"{path} program.file")
     _check_hash(program, said.program.sha256, path)
-    engine = TorchEngine(program)
-    feeds = [t for t in engine.inputs if t.name in {lookup.feed for lookup in said.lookups}]
-    if [t for t in engine.inputs if t not in feeds] != said.inputs or engine.outputs != said.outputs:
-        raise BadConfig(
-            str(path), "inputs or outputs that are not the program's", "the manifest written with this program"
-        )
+    for lookup in said.lookups:
+        if lookup.table not in said.tables:
+            tables = ", ".join(said.tables) or "none"
+            raise BadConfig(f"{path} lookup {lookup.feed!r}", f"table {lookup.table!r}", f"one of {tables}")
+        if lookup.lengths is None and len(lookup.slots) != 1:
+            raise BadConfig(f"{path} lookup {lookup.feed!r}", "several slots without lengths", "one")
+    engine = opener(program, said.program.format)
+    feeds = {lookup.feed for lookup in said.lookups}
+    dense = [t for t in engine.inputs if t.name not in feeds]
+    if dense != said.inputs or engine.outputs != said.outputs:
+        expected = "the manifest written with this program"
+        raise BadConfig(str(path), "inputs or outputs that are not the program's", expected)
     cube = settings.cube if settings.cube or not said.tables else _local(directory, said, path)
     if cube and said.tables:
         await cube.open(said.table_versions(), settings.cube_wait_s)
-    ops: list[Op] = [
-        Read(said.inputs, said.lookups, settings.max_samples, settings.max_keys, finite=True),
-        Dense(engine),
-    ]
-    for lookup in said.lookups:
-        if lookup.table not in said.tables:
-            raise BadConfig(
-                f"{path} lookup {lookup.feed!r}",
-                f"table {lookup.table!r}",
-                f"one of {', '.join(said.tables) or 'none'}",
-            )
-        ops += [Sign(lookup), Pool(lookup)]
-    if said.lookups:
-        assert cube is not None  # there are tables, so one was opened or refused
-        versions = {name: version for name, (version, _) in said.table_versions().items()}
-        ops.append(Gather(said.lookups, versions, cube, settings.cube_timeout_s))
-    sparse = [
-        tensor
-        for lookup in said.lookups
-        for tensor in (Tensor(lookup.keys, "UINT64", [-1]), Tensor(lookup.lengths, "INT32", [-1, len(lookup.slots)]))
-    ]
+    ragged = {name for name, level in said.lod_levels.items() if level}
     return Model(
         name=said.name,
         version=str(said.version),
-        platform=engine.platform,
-        inputs=[*said.inputs, *sparse],
-        outputs=engine.outputs,
+        engine=engine,
+        inputs={t.name: Port(t.datatype, tuple(t.shape), ragged=t.name in ragged) for t in said.inputs},
         tables={name: table.version for name, table in said.tables.items()},
         source=str(cube) if cube and said.tables else "",
-        _lookups=said.lookups,
-        _executor=Executor(stages(ops, [t.name for t in engine.outputs]), settings.threads),
-        _local_cube=cube if cube is not settings.cube else None,
+        lookups=tuple(said.lookups),
+        lengths={name: f"{name}.lengths" for name in ragged},
+        table_versions=said.table_versions(),
+        cube=cube,
+        owns_cube=cube is not settings.cube,
     )
 
 
-def _plain(directory: Path, settings: Settings) -> Model:
-    """A directory with one torch.export program and no manifest: a dense model, named after the directory."""
-    programs = sorted(directory.glob("*.pt2"))
+def _plain(directory: Path, opener: Opener) -> Model:
+    """A directory with one program and no manifest: a dense model, named after the directory."""
+    programs = sorted(path for pattern in PROGRAMS for path in directory.glob(pattern))
     if len(programs) != 1:
         found = ", ".join(p.name for p in programs) or ("no such directory" if not directory.is_dir() else "neither")
-        raise BadConfig(
-            str(directory), found, f"{manifest.MANIFEST_FILE} (written by prune-program) or one *.pt2 program"
-        )
+        expected = f"{manifest.MANIFEST_FILE} (written by prune-program) or one program, {' or '.join(PROGRAMS)}"
+        raise BadConfig(str(directory), found, expected)
     if (directory / manifest.SIGNATURE_FILE).exists():
         raise BadConfig(str(directory), "a trained program with its tables", f"a pruned one: prune-program {directory}")
-    engine: Engine = TorchEngine(programs[0])
-    ops: list[Op] = [Read(engine.inputs, [], settings.max_samples, 0, finite=False), Dense(engine)]
+    engine = opener(programs[0], "onnx" if programs[0].suffix == ".onnx" else "torch.export")
     return Model(
         name=directory.resolve().name,
         version="1",
-        platform=engine.platform,
-        inputs=engine.inputs,
-        outputs=engine.outputs,
-        tables={},
-        source="",
-        _lookups=[],
-        _executor=Executor(stages(ops, [t.name for t in engine.outputs]), settings.threads),
-        _local_cube=None,
+        engine=engine,
+        inputs={t.name: Port(t.datatype, tuple(t.shape)) for t in engine.inputs},
     )
 
 
@@ -185,30 +177,9 @@ def _check_hash(program: Path, expected: str, path: Path) -> None:
         raise BadConfig(str(program), f"sha256 {found}", f"{expected}, as {path} says: they were not written together")
 
 
-def _warm_up(model: Model) -> list[Values]:
-    """Requests of two samples of zeros, so that every op and kernel has run: with keys, and with texts instead.
-
-    Arrays are read-only, as those over a request's bytes are: numba compiles kernels for them apart.
-    """
-    with_keys: Values = {
-        t.name: np.zeros([2 if size == -1 else size for size in t.shape], DTYPES[t.datatype]) for t in model.inputs
-    }
-    for lookup in model._lookups:
-        with_keys[lookup.lengths] = np.ones((2, len(lookup.slots)), np.int32)
-        with_keys[lookup.keys] = np.zeros(2 * len(lookup.slots), np.uint64)
-    for array in with_keys.values():
-        array.flags.writeable = False
-    if not model._lookups:
-        return [with_keys]
-    with_texts = dict(with_keys)
-    for lookup in model._lookups:
-        with_texts[lookup.text] = texts([b""] * with_texts.pop(lookup.keys).size)
-    return [with_keys, with_texts]
-
-
-def describe(model: Model) -> str:
+def describe(model: Model, takes: list[Tensor]) -> str:
     """One model on one line, for people."""
     tables = ", ".join(f"{name} {version}" for name, version in model.tables.items())
     rows = f"{tables} from {model.source}" if tables else "no tables"
-    takes = ", ".join(f"{t.name} {t.datatype} {shape_text(t.shape)}" for t in model.inputs)
-    return f"{model.name} {model.version} ({rows}; takes {takes})"
+    inputs = ", ".join(f"{t.name} {t.datatype} {shape_text(t.shape)}" for t in takes)
+    return f"{model.name} {model.version} ({rows}; takes {inputs})"

@@ -1,45 +1,316 @@
-"""predict: find the model, run it, answer. The same behind every door; it knows no transport."""
+"""predict: check a request, run the service's workflows, answer. The same behind every door; knows no transport."""
 
-from collections.abc import Mapping, Sequence
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from cube.errors import BadRequest, NotServed
+import numpy as np
+
+from cube.errors import BadConfig, BadRequest, NotServed
 from cube.rpc.calls import Call
-from predictor.models import Model
-from predictor.ops.op import Values
+from predictor.batching import Batcher, Limits, Share
+from predictor.executor import TIMES, Executor, Run
+from predictor.ops.gather import Gather
+from predictor.ops.op import Port, Ragged
+from predictor.profile.counts import Ended, RequestCounts, RunCounts
+from predictor.requests import Form, Request
+from predictor.rows import join_rows, slice_rows
+from predictor.workflow import Make
+from trainer_tools.manifest import Tensor
+
+log = logging.getLogger(__name__)
+
+Facts = dict[str, int | str]
+OFF = Limits(is_on=False)
 
 
 class Answer(NamedTuple):
     """Outputs in the order asked for, and what they were made from."""
 
-    model: Model
-    outputs: Values
-    facts: dict[str, int | str]
+    service: "Service"
+    outputs: dict[str, Any]
+    facts: Facts
+
+    def tensors(self) -> dict[str, Any]:
+        """The outputs as protocols carry them: of a ragged one its values, and its bags' sizes as NAME.lengths."""
+        if not any(isinstance(value, Ragged) for value in self.outputs.values()):
+            return self.outputs
+        made: dict[str, Any] = {}
+        for name, value in self.outputs.items():
+            if isinstance(value, Ragged):
+                per_row = self.service.outputs[name].per_row
+                lengths = np.diff(value.offsets).astype(np.int32)
+                made |= {
+                    name: value.values,
+                    f"{name}.lengths": lengths if per_row == 1 else lengths.reshape(-1, per_row),
+                }
+            else:
+                made[name] = value
+        return made
+
+
+class Lane:
+    """One workflow of a service: its executor behind its batcher."""
+
+    def __init__(self, executor: Executor, limits: Limits):
+        plan = executor.plan
+        self.executor, self.plan, self.counts = executor, plan, RunCounts(plan)
+        executor.observe = self.counts.ran
+        self.batcher: Batcher[Run] = Batcher(f"workflow {plan.name!r}", executor.start, plan.request, limits)
+        if limits.is_on and not plan.can_batch:
+            self._run_one_by_one("its values do not all go by rows")
+        # What counts keys that were not found, and the tables they were looked for in.
+        self._found = [
+            make
+            for step in plan.steps
+            if isinstance(step.node.op, Gather)
+            for make in step.makes
+            if make.port.datatype == "BOOL"
+        ]
+
+    async def check_company(self, request: Request) -> None:
+        """See that rows are answered in company as they are alone; if not, requests are not merged from now on.
+
+        request: at least two rows. Rounding may differ by batch size, so numbers are compared loosely.
+        """
+        if not self.batcher.limits.is_on:
+            return
+        whole = await self._outputs(request.values, request.rows)
+        for row in range(request.rows):
+            ports = self.plan.request
+            alone = {name: slice_rows(value, ports[name], row, row + 1) for name, value in request.values.items()}
+            for name, value in (await self._outputs(alone, 1)).items():
+                port = self.plan.outputs[name].port
+                if not _is_close(slice_rows(whole[name], port, row, row + 1), value):
+                    self._run_one_by_one(f"output {name!r} of a row depends on the rows beside it")
+                    return
+
+    async def _outputs(self, values: Mapping[str, Any], rows: int) -> dict[str, Any]:
+        run: Run = await _whole(self.executor.start(values, rows, rows, None))
+        return {name: run.values[make.place] for name, make in self.plan.outputs.items()}
+
+    def _run_one_by_one(self, why: str) -> None:
+        log.warning("workflow %s: requests are not merged into batches: %s", self.plan.name, why)
+        self.batcher = Batcher(f"workflow {self.plan.name!r}", self.executor.start, self.plan.request, OFF)
+
+    def absent(self, shares: Sequence[Share[Run]]) -> int:
+        """Keys of a request that no table has."""
+        return sum(_absent(share, make) for share in shares for make in self._found)
+
+
+def _absent(share: Share[Run], make: Make) -> int:
+    found = slice_rows(share.run.values[make.place], make.port, share.start, share.stop)
+    marks: Any = found.values if isinstance(found, Ragged) else found
+    return int(marks.size - np.count_nonzero(marks))
+
+
+def _is_close(one: Any, other: Any) -> bool:
+    if not isinstance(one, np.ndarray) or one.dtype.kind != "f":
+        return True  # the largest of two nearly equal numbers may be another one; numbers themselves are compared
+    return bool(np.allclose(one, other, rtol=1e-2, atol=1e-4, equal_nan=True))
+
+
+class Service:
+    """A request's way through one or several workflows. Owned by the event loop."""
+
+    def __init__(
+        self,
+        name: str,
+        version: str,
+        platform: str,
+        form: Form,
+        lanes: Sequence[Lane],
+        *,
+        tables: Mapping[str, str] | None = None,
+        at_once: bool = False,
+    ):
+        """lanes: workflows, whose replies are put together. tables: version of each that they read. at_once: lanes run
+        at the same time, else one after the other. Raises BadConfig for two that make an output of one name."""
+        self.name, self.version, self.platform, self.form, self.lanes = name, version, platform, form, lanes
+        self.tables, self._at_once, self.counts = dict(tables or {}), at_once, RequestCounts()
+        self.outputs: dict[str, Port] = {}
+        for lane in lanes:
+            for output, make in lane.plan.outputs.items():
+                if output in self.outputs:
+                    what = f"workflow {lane.plan.name!r} output {output!r}"
+                    raise BadConfig(f"service {name!r} {what}", "another workflow makes it too", "one")
+                self.outputs[output] = make.port
+        self.inputs: list[Tensor] = form.tensors()
+        self._facts: Facts = {f"table.{table}": version for table, version in self.tables.items()}
+
+    def output_tensors(self) -> list[Tensor]:
+        """The outputs as metadata lists them; see Answer.tensors."""
+        made: list[Tensor] = []
+        for name, port in self.outputs.items():
+            made.append(Tensor(name, port.datatype, list(port.shape)))
+            if port.ragged:
+                made.append(Tensor(f"{name}.lengths", "INT32", [-1] if port.per_row == 1 else [-1, port.per_row]))
+        return made
+
+    def infer(
+        self, inputs: Mapping[str, Any], wanted: Sequence[str], call: Call, priority: int = 0
+    ) -> Answer | Awaitable[Answer]:
+        """Run a request. inputs: numpy arrays and Texts by name; wanted: names of outputs, all if empty.
+
+        Raises BadRequest, Overloaded, DeadlineExceeded, and what the workflows raise.
+        """
+        began, rows = time.monotonic_ns(), 0
+        try:
+            for output in wanted:
+                if output not in self.outputs:
+                    known = ", ".join(self.outputs)
+                    raise BadRequest(f"output {output!r}", "a name the model does not make", f"one of {known}")
+            request = self.form.read(inputs)
+            rows = request.rows
+            each = self._several(request, call, priority) if len(self.lanes) > 1 else self._one(request, call, priority)
+            if not isinstance(each, list):
+                return self._later(call, began, request, each, wanted)
+            answer = self._answer(request, each, wanted)
+        except Exception as error:
+            self._ended(call, began, rows, (), error)
+            raise
+        self._ended(call, began, rows, each)
+        return answer
+
+    async def debug(self, inputs: Mapping[str, Any], call: Call) -> dict[str, dict[str, Any]]:
+        """Run a request alone; of each workflow and node: what it made, and its microseconds. No batching."""
+        request = self.form.read(inputs)
+        told: dict[str, dict[str, Any]] = {}
+        for lane in self.lanes:
+            started = lane.executor.start(self._values(lane, request), request.rows, request.work, call.deadline)
+            run = await started if isinstance(started, Awaitable) else started
+            told[lane.plan.name] = {
+                step.node.name: {
+                    "outputs": {make.name: run.values[make.place] for make in step.makes},
+                    "began_us": max(run.times[TIMES * step.number] - run.began, 0) / 1e3,
+                    "took_us": (run.times[TIMES * step.number + 3] - run.times[TIMES * step.number]) / 1e3,
+                }
+                for step in lane.plan.steps
+            }
+        return told
+
+    async def warm_up(self) -> None:
+        """Run requests of two samples of zeros, so that every op and kernel has run. Raises what that raises."""
+        try:
+            for request in self.form.examples(2):
+                await _whole(self.infer(request, (), Call("warm-up")))
+            sample = self.form.sample(3)
+            for lane in self.lanes:
+                await lane.check_company(sample._replace(values=dict(self._values(lane, sample))))
+        finally:  # nobody has asked for these
+            self.counts.clear()
+            for lane in self.lanes:
+                lane.counts.clear()
+
+    # ---- a request's way ----
+
+    def _values(self, lane: Lane, request: Request) -> Mapping[str, Any]:
+        if len(self.lanes) == 1:
+            return request.values
+        return {name: request.values[name] for name in lane.plan.request}
+
+    def _submit(
+        self, lane: Lane, request: Request, call: Call, priority: int
+    ) -> list[Share[Run]] | Awaitable[list[Share[Run]]]:
+        return lane.batcher.submit(self._values(lane, request), request.rows, request.work, call.deadline, priority)
+
+    def _one(
+        self, request: Request, call: Call, priority: int
+    ) -> list[list[Share[Run]]] | Awaitable[list[list[Share[Run]]]]:
+        shares = self._submit(self.lanes[0], request, call, priority)
+        return [shares] if isinstance(shares, list) else _listed(shares)
+
+    async def _several(self, request: Request, call: Call, priority: int) -> list[list[Share[Run]]]:
+        if self._at_once:
+            waiting = [_whole(self._submit(lane, request, call, priority)) for lane in self.lanes]
+            return list(await asyncio.gather(*waiting))
+        return [await _whole(self._submit(lane, request, call, priority)) for lane in self.lanes]
+
+    async def _later(
+        self, call: Call, began: int, request: Request, each: Awaitable[list[list[Share[Run]]]], wanted: Sequence[str]
+    ) -> Answer:
+        self.counts.in_flight += 1
+        try:
+            shares = await each
+            answer = self._answer(request, shares, wanted)
+        except BaseException as error:
+            self._ended(call, began, request.rows, (), error)
+            raise
+        finally:
+            self.counts.in_flight -= 1
+        self._ended(call, began, request.rows, shares)
+        return answer
+
+    def _ended(
+        self,
+        call: Call,
+        began: int,
+        rows: int,
+        each: Sequence[list[Share[Run]]],
+        error: BaseException | None = None,
+    ) -> None:
+        """Count a request, and tell those who watch."""
+        ended, counts, code = time.monotonic_ns(), self.counts, "OK"
+        if error is None:
+            counts.answered(ended - began, rows)
+            for lane, shares in zip(self.lanes, each, strict=True):
+                for share in shares:
+                    lane.counts.waited(share.waited_s)
+        else:
+            code = counts.failed(error)
+        if counts.watchers:
+            plans = [lane.plan for lane in self.lanes]
+            request = Ended(self.name, self.version, call, began, ended, rows, plans, each, code)
+            for watch in counts.watchers:
+                watch(request)
+
+    def _answer(self, request: Request, each: Sequence[list[Share[Run]]], wanted: Sequence[str]) -> Answer:
+        outputs: dict[str, Any] = {}
+        for lane, shares in zip(self.lanes, each, strict=True):
+            for name, make in lane.plan.outputs.items():
+                if not wanted or name in wanted:
+                    outputs[name] = _put_together(shares, make)
+        facts = self._facts
+        if self.tables:
+            absent = sum(lane.absent(shares) for lane, shares in zip(self.lanes, each, strict=True))
+            facts = {"keys": request.keys, "keys_absent": absent, **facts}
+            self.counts.looked_up(request.keys, absent)
+        return Answer(self, {name: outputs[name] for name in wanted} if wanted else outputs, facts)
+
+
+def _put_together(shares: Sequence[Share[Run]], make: Make) -> Any:
+    """A request's part of an output."""
+    first = shares[0]
+    if len(shares) == 1 and (first.start, first.stop) == (0, first.run.rows):
+        return first.run.values[make.place]
+    parts = [slice_rows(share.run.values[make.place], make.port, share.start, share.stop) for share in shares]
+    return join_rows(parts, make.port)
+
+
+async def _listed(shares: Awaitable[list[Share[Run]]]) -> list[list[Share[Run]]]:
+    return [await shares]
+
+
+async def _whole(answer: Any) -> Any:
+    return await answer if isinstance(answer, Awaitable) else answer
 
 
 class InferenceService:
-    """The models of a process. Owned by the event loop."""
+    """The services of a process. Owned by the event loop."""
 
-    def __init__(self, models: Sequence[Model]):
-        self._models = {model.name: model for model in models}
+    def __init__(self, services: Sequence[Service]):
+        self.services = {service.name: service for service in services}
+        self.not_served = 0  # requests, since start
 
-    def model(self, name: str, version: str = "") -> Model:
-        """A model by name and version, any version if empty; raises NotServed."""
-        model = self._models.get(name)
-        if model is None:
-            raise NotServed(f"model {name!r}", sorted(self._models))
-        if version not in ("", model.version):
-            raise NotServed(f"model {name!r} version {version!r}", [model.version])
-        return model
-
-    async def infer(
-        self, name: str, version: str, inputs: Mapping[str, Any], wanted: Sequence[str], call: Call
-    ) -> Answer:
-        """Run a model. inputs: numpy arrays and Texts by name; wanted: names of outputs, all if empty."""
-        model = self.model(name, version)
-        known = [tensor.name for tensor in model.outputs]
-        for output in wanted:
-            if output not in known:
-                raise BadRequest(f"output {output!r}", "a name the model does not make", f"one of {', '.join(known)}")
-        outputs, facts = await model.run(inputs, call)
-        return Answer(model, {output: outputs[output] for output in wanted or known}, facts)
+    def service(self, name: str, version: str = "") -> Service:
+        """A service by name and version, any version if empty; raises NotServed."""
+        service = self.services.get(name)
+        if service is None:
+            self.not_served += 1
+            raise NotServed(f"model {name!r}", sorted(self.services))
+        if version not in ("", service.version):
+            self.not_served += 1
+            raise NotServed(f"model {name!r} version {version!r}", [service.version])
+        return service

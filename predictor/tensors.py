@@ -68,6 +68,8 @@ def decode(datatype: str, shape: Sequence[int], raw: bytes, place: str) -> Value
 
 def count_of(shape: Sequence[int], place: str) -> int:
     """Elements of a tensor; raises BadRequest for a shape that no array can have."""
+    if 0 < len(shape) <= MAX_DIMENSIONS and min(shape) > 0 and (count := math.prod(shape)) < MAX_ELEMENTS:
+        return count  # what nearly every tensor has
     if len(shape) > MAX_DIMENSIONS or any(not 0 <= size < MAX_ELEMENTS for size in shape):
         expected = f"at most {MAX_DIMENSIONS} sizes from 0 to {MAX_ELEMENTS - 1}"
         raise BadRequest(f"{place} shape", shape_text(shape), expected)

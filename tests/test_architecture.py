@@ -18,20 +18,20 @@ CUBE_LIBRARY = {
 MAY_IMPORT = {
     "cube": set(),
     "predictor": {
-        "cube.client", "cube.cluster", "cube.config", "cube.errors", "cube.kernels", "cube.keys", "cube.rows",
-        "cube.rpc", "cube.version",
+        "cube.client", "cube.cluster", "cube.config", "cube.errors", "cube.kernels", "cube.keys", "cube.logs",
+        "cube.rows", "cube.rpc", "cube.version",
         "trainer_tools.manifest",
     },
-    "predictor.cli": {"cube.cli", "cube.config", "cube.rpc.process"},
-    "predictor.engines": {"cube.errors", "trainer_tools.manifest", "trainer_tools.programs"},
+    "predictor.cli": {"cube.cli", "cube.config", "cube.logs", "cube.rpc.process"},
+    "predictor.engines": {"cube.errors", "predictor.tensors", "trainer_tools.manifest", "trainer_tools.programs"},
     "predictor.client": {
         "cube.errors", "cube.rpc.calls", "cube.rpc.channel", "predictor.pb", "predictor.tensors",
         "trainer_tools.criteo",
     },
     "predictor.client.cli": {"cube.cli", "cube.config", "cube.errors", "predictor.pb"},
     "trainer_tools": {
-        "cube.build", "cube.client", "cube.errors", "cube.kernels", "cube.keys", "cube.publish", "cube.sources",
-        "cube.version",
+        "cube.build", "cube.client", "cube.errors", "cube.kernels", "cube.keys", "cube.publish", "cube.rows",
+        "cube.sources", "cube.version",
     },
     "trainer_tools.manifest": {"cube.errors", "cube.version"},
     "trainer_tools.criteo": {"cube.errors", "cube.kernels", "cube.keys"},
@@ -96,6 +96,7 @@ def test_top_level_is_what_the_user_fixed():
         "benchmarks",
         "deploy",
         "docs",
+        "examples",
         ".ci",
     }
 

@@ -7,7 +7,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 HOMES = {
     "cube": "cube", "cube_config": "cube", "health": "cube", "reflection": "cube",
-    "kserve": "predictor", "predictor_config": "predictor",
+    "kserve": "predictor", "predictor_config": "predictor", "serving_config": "predictor",
     "paddle_framework": "trainer_tools",
 }  # fmt: skip
 

@@ -4,6 +4,7 @@ Numeric outputs always go out as raw contents: the common client decodes nothing
 """
 
 import importlib.metadata
+from collections.abc import Awaitable
 from typing import Any
 
 import numpy as np
@@ -53,34 +54,53 @@ class KServeDoor:
 
     def ModelReady(self, message: bytes, call: Call) -> bytes:  # noqa: N802
         request = parse(pb.ModelReadyRequest, message)
-        self._service.model(request.name, request.version)
+        self._service.service(request.name, request.version)
         return pb.ModelReadyResponse(ready=True).SerializeToString()
 
     def ModelMetadata(self, message: bytes, call: Call) -> bytes:  # noqa: N802
         request = parse(pb.ModelMetadataRequest, message)
-        model = self._service.model(request.name, request.version)
+        service = self._service.service(request.name, request.version)
         reply = pb.ModelMetadataResponse(
-            name=model.name,
-            versions=[model.version],
-            platform=model.platform,
-            inputs=[_metadata(tensor) for tensor in model.inputs],
-            outputs=[_metadata(tensor) for tensor in model.outputs],
-            properties={f"table.{name}": version for name, version in model.tables.items()},
+            name=service.name,
+            versions=[service.version],
+            platform=service.platform,
+            inputs=[_metadata(tensor) for tensor in service.inputs],
+            outputs=[_metadata(tensor) for tensor in service.output_tensors()],
+            properties={f"table.{name}": version for name, version in service.tables.items()},
         )
         return reply.SerializeToString()
 
-    async def ModelInfer(self, message: bytes, call: Call) -> bytes:  # noqa: N802
+    def ModelInfer(self, message: bytes, call: Call) -> bytes | Awaitable[bytes]:  # noqa: N802
         request = parse(pb.ModelInferRequest, message)
-        _refuse_what_is_not_here(request)
+        service = self._service.service(request.model_name, request.model_version)
+        with service.counts.reading:
+            priority, inputs = _priority(request), inputs_of(request)
         wanted = [output.name for output in request.outputs]
-        answer = await self._service.infer(request.model_name, request.model_version, inputs_of(request), wanted, call)
-        return _reply(request.id, answer).SerializeToString()
+        answer = service.infer(inputs, wanted, call, priority)
+        if isinstance(answer, Answer):
+            return _reply(request.id, answer).SerializeToString()
+        return _later(request.id, answer)
+
+
+async def _later(request_id: str, answer: Awaitable[Answer]) -> bytes:
+    return _reply(request_id, await answer).SerializeToString()
+
+
+def _priority(request: pb.ModelInferRequest) -> int:
+    _refuse_what_is_not_here(request)
+    if "priority" not in request.parameters:
+        return 0
+    given = request.parameters["priority"]
+    kind = given.WhichOneof("parameter_choice")
+    if kind not in ("int64_param", "uint64_param"):
+        raise BadRequest("parameter 'priority'", f"a {kind}", "a number: 1 leaves first, 0 last")
+    return int(getattr(given, kind))
 
 
 def _refuse_what_is_not_here(request: pb.ModelInferRequest) -> None:
     """Raise Unimplemented for parameters that would change the answer: shared memory, classification, sequences."""
-    names = [name for tensor in request.inputs for name in tensor.parameters]
-    names += [name for output in request.outputs for name in output.parameters]
+    names = [name for tensor in request.inputs if tensor.parameters for name in tensor.parameters]
+    names += [name for output in request.outputs if output.parameters for name in output.parameters]
     names += [name for name in request.parameters if name.startswith("sequence_")]
     if names:
         raise Unimplemented(f"parameter {min(names)[:100]!r} is not implemented")
@@ -124,13 +144,13 @@ def _typed(tensor: pb.ModelInferRequest.InferInputTensor, place: str) -> Value:
 
 
 def _reply(request_id: str, answer: Answer) -> pb.ModelInferResponse:
-    reply = pb.ModelInferResponse(model_name=answer.model.name, model_version=answer.model.version, id=request_id)
+    reply = pb.ModelInferResponse(model_name=answer.service.name, model_version=answer.service.version, id=request_id)
     for name, fact in answer.facts.items():
         if isinstance(fact, int):
             reply.parameters[name].int64_param = fact
         else:
             reply.parameters[name].string_param = fact
-    for name, value in answer.outputs.items():
+    for name, value in answer.tensors().items():
         reply.outputs.add(name=name, datatype=datatype_of(value), shape=value.shape)
         reply.raw_output_contents.append(encode(value))
     return reply

@@ -1,40 +1,107 @@
-"""torch.export programs on the CPU."""
+"""torch.export programs (.pt2) by torch, on the CPU or a GPU."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial, reduce
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import fx
+from torch.export import ExportedProgram
+from torch.export.passes import move_to_device_pass
 
-from cube.errors import BadData
+from cube.errors import BadConfig, BadData, BadRequest, Overloaded
+from predictor.engines.engine import FITTING, Feed, place_of
 from trainer_tools.programs import torch_export
 
 
 class TorchEngine:
-    """One program, its weights shared by all threads; each run uses the calling thread only."""
+    """One program, its weights shared by all threads. On the CPU a run uses its thread, and `threads - 1` more."""
 
     platform = "torch_export"
+    lod_levels: ClassVar[dict[str, int]] = {}
 
-    def __init__(self, path: Path):
-        """Load a .pt2; raises BadData."""
-        torch.set_num_threads(1)  # requests run beside each other, not one request on all cores
-        _silence_read_only_warning()
-        program = torch_export.load(path)
-        if torch_export.is_stateful(program):
-            expected = "a program whose answer depends on its inputs only"
-            raise BadData(str(path), "a program that changes its own buffers or inputs", expected)
-        self.inputs, self.outputs = torch_export.inputs_of(program), torch_export.outputs_of(program)
-        self._module = torch_export.runnable(program)
+    def __init__(self, program: Path, *, device: str = "cpu", threads: int = 1):
+        """Load a .pt2; raises BadData, and BadConfig for a device that is not there.
 
-    def run(self, feeds: Sequence[NDArray[Any]]) -> list[NDArray[Any]]:
-        with torch.inference_mode():
-            return [output.numpy() for output in self._module(*map(torch.from_numpy, feeds))]
+        device: "cpu" or "cuda:N". threads: of one run on the CPU; torch knows one number for the whole process, and
+        takes that of the model loaded last.
+        """
+        self._place, self._device = place_of(program), _device(device)
+        torch.set_num_threads(threads)
+        silence_read_only_warning()
+        exported = pure(program)
+        self.inputs, self.outputs = torch_export.inputs_of(exported), torch_export.outputs_of(exported)
+        if self._device.type != "cpu":
+            exported = move_to_device_pass(exported, str(self._device))
+        self._function = _bound(torch_export.runnable(exported))
+
+    def run(self, feeds: Sequence[Feed]) -> list[NDArray[Any]]:
+        """See Engine."""
+        try:
+            with torch.inference_mode():
+                if self._device.type == "cpu":
+                    return [output.numpy() for output in self._function(*map(torch.from_numpy, feeds))]
+                tensors = [torch.from_numpy(feed).to(self._device, non_blocking=True) for feed in feeds]
+                return [output.cpu().numpy() for output in self._function(*tensors)]
+        except (MemoryError, RuntimeError, IndexError, ValueError) as error:
+            raise refusal(error, self._place) from error
+
+    def close(self) -> None:
+        """See Engine."""
+        del self._function
 
 
-def _silence_read_only_warning() -> None:
+def pure(path: Path) -> ExportedProgram:
+    """The program in a .pt2; raises BadData, also for one that keeps something from one run to the next."""
+    exported = torch_export.load(path)
+    if torch_export.is_stateful(exported):
+        expected = "a program whose answer depends on its inputs only"
+        raise BadData(str(path), "a program that changes its own buffers or inputs", expected)
+    return exported
+
+
+def refusal(error: Exception, place: str) -> Exception:
+    """What torch's error in a run means to the caller; the error itself where it is no matter of the inputs."""
+    said = (str(error).splitlines() or [type(error).__name__])[0][:200]
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in said:  # that has no class
+        return Overloaded(f"{place}: not enough memory for this request")
+    if isinstance(error, getattr(torch, "AcceleratorError", ())):  # the GPU's state is unknown from here on
+        return error
+    return BadRequest(place, f"inputs it cannot compute with ({said})", FITTING)
+
+
+def _bound(module: torch.nn.Module) -> Callable[..., tuple[torch.Tensor, ...]]:
+    """A program as a plain function of its inputs.
+
+    Its weights are arguments, given now: looking each up in its module on each call, and torch's way of calling a
+    module, cost more than a small net computes.
+    """
+    taken: Any = module
+    graph, copies, weights = fx.Graph(), dict[fx.Node, fx.Node](), []
+    for node in taken.graph.nodes:
+        if node.op == "get_attr":
+            copies[node] = graph.placeholder(node.name)
+            weights.append(reduce(getattr, node.target.split("."), module))
+    for node in taken.graph.nodes:
+        if node.op != "get_attr":
+            copies[node] = graph.node_copy(node, copies.__getitem__)
+    return partial(fx.GraphModule(module, graph).forward, *weights)
+
+
+def _device(name: str) -> torch.device:
+    device = torch.device(name)
+    if device.type == "cuda":
+        there = torch.cuda.device_count()
+        if (device.index or 0) >= there:
+            raise BadConfig("device", name, f"one that torch sees: cpu{''.join(f', cuda:{i}' for i in range(there))}")
+    return device
+
+
+def silence_read_only_warning() -> None:
     """torch warns once per process of a tensor over a read-only array. Ours lie over a request's bytes: only read."""
     read_only = np.zeros(1, np.float32)
     read_only.flags.writeable = False

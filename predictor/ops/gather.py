@@ -1,42 +1,82 @@
 """Keys → rows, out of a cube, in the version that the model was trained with."""
 
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Awaitable, Mapping, Sequence
 from typing import Any, ClassVar
 
-from cube.client import Ask, Cube
-from cube.rpc.calls import Call
+import numpy as np
+from numpy.typing import NDArray
+
+from cube.client import Answer, Ask, Cube
+from cube.errors import DeadlineExceeded
 from cube.version import Version
-from predictor.ops.op import Values
-from predictor.ops.sign import signed
+from predictor.ops.op import Batch, Op, Outputs, Port, Ragged
+from predictor.requests import keys_port
 from trainer_tools.manifest import Lookup
 
 
-class Gather:
-    """The rows of all lookups, asked for in one call. A key that is not in the table reads zeros and is counted."""
+class Gather(Op):
+    """The rows of all lookups, asked for in one call. A key that is not in the table reads zeros and is marked."""
 
-    compute: ClassVar[bool] = False
+    waits: ClassVar[bool] = True
 
-    def __init__(self, lookups: Sequence[Lookup], versions: Mapping[str, Version], cube: Cube, timeout_s: float):
-        """versions: of each table."""
-        self._lookups, self._versions, self._cube, self._timeout_s = lookups, versions, cube, timeout_s
-        self.takes: tuple[str, ...] = tuple(signed(lookup) for lookup in lookups)
-        self.makes: tuple[str, ...] = tuple(name for k in lookups for name in (rows_of(k), found_of(k)))
+    def __init__(
+        self, lookups: Sequence[Lookup], tables: Mapping[str, tuple[Version, int]], cube: Cube, timeout_s: float
+    ):
+        """tables: version and dim of each. timeout_s: longest wait, where the caller set no deadline."""
+        self._lookups, self._tables, self._cube, self._timeout_s = lookups, tables, cube, timeout_s
 
-    async def run(self, values: Mapping[str, Any], call: Call) -> Values:
-        timeout_s = call.remaining_s(at_most=self._timeout_s)
-        asks = [Ask(k.table, values[signed(k)], self._versions[k.table]) for k in self._lookups]
-        answer = await self._cube.lookup(asks, timeout_s)
-        made: Values = {}
-        for lookup, rows in zip(self._lookups, answer.tables, strict=True):
-            made |= {rows_of(lookup): rows.rows, found_of(lookup): rows.found}
+    def wanted(self) -> Mapping[str, Port]:
+        """The keys of each lookup."""
+        return {lookup.keys: keys_port(lookup) for lookup in self._lookups}
+
+    def bind(self, inputs: Mapping[str, Port]) -> Mapping[str, Port]:
+        """See Op."""
+        made = {}
+        for lookup in self._lookups:
+            keys, dim = keys_port(lookup), self._tables[lookup.table][1]
+            made[rows_of(lookup)] = keys._replace(datatype="FP32", shape=(*keys.shape, dim))
+            made[found_of(lookup)] = keys._replace(datatype="BOOL")
         return made
+
+    def run(self, batch: Batch) -> Outputs | Awaitable[Outputs]:
+        asks = [Ask(k.table, _flat(batch[k.keys]), self._tables[k.table][0]) for k in self._lookups]
+        answer = self._cube.lookup_now(asks)
+        return self._made(batch, answer) if answer is not None else self._later(batch, asks)
+
+    async def _later(self, batch: Batch, asks: Sequence[Ask]) -> Outputs:
+        return self._made(batch, await self._cube.lookup(asks, _left_s(batch, self._timeout_s)))
+
+    def _made(self, batch: Batch, answer: Answer) -> Outputs:
+        made: dict[str, Any] = {}
+        for lookup, rows in zip(self._lookups, answer.tables, strict=True):
+            keys = batch[lookup.keys]
+            if isinstance(keys, Ragged):
+                made[rows_of(lookup)] = Ragged(rows.rows, keys.offsets)
+                made[found_of(lookup)] = Ragged(rows.found, keys.offsets)
+            else:
+                made[rows_of(lookup)] = rows.rows.reshape(*keys.shape, rows.rows.shape[1])
+                made[found_of(lookup)] = rows.found.reshape(keys.shape)
+        return made
+
+
+def _left_s(batch: Batch, at_most: float) -> float:
+    left_s = at_most if batch.deadline is None else min(batch.deadline - time.monotonic(), at_most)
+    if left_s <= 0:
+        raise DeadlineExceeded("the deadline has passed")
+    return left_s
+
+
+def _flat(keys: Any) -> NDArray[np.uint64]:
+    flat: Any = keys.values if isinstance(keys, Ragged) else keys.reshape(-1)
+    return flat  # type: ignore[no-any-return]
 
 
 def rows_of(lookup: Lookup) -> str:
     """Name of the value that holds a lookup's rows."""
-    return f"{lookup.keys} rows"
+    return f"{lookup.feed} rows"  # several lookups may be of the same keys
 
 
 def found_of(lookup: Lookup) -> str:
     """Name of the value that marks which keys of a lookup were found."""
-    return f"{lookup.keys} found"
+    return f"{lookup.feed} found"

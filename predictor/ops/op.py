@@ -1,24 +1,147 @@
 """What an op is.
 
-An op is an object with names of values it takes, names of values it makes, and `run`. It keeps nothing of a request:
-the same op runs many requests at once. `compute` says that `run` is a plain function that keeps a core busy: the
-executor runs it in a compute thread. Without it, `run` may be a coroutine.
+    class Double(Op):
+        inputs = {"x": Port("FP32", (-1, 4))}
+        outputs = {"y": Port("FP32", (-1, 4))}
+
+        def run(self, batch):
+            return {"y": 2 * batch["x"]}
+
+An op takes a batch of rows (samples of one request or of several, merged) and returns a value for each of its
+outputs, whose rows are those of the batch, in their order. It is made once per node, with the fields of the node's
+`config` as keyword arguments, and keeps nothing of a batch: the same op may run several batches at once. `run` may
+return an awaitable instead (or be a coroutine), for ops that wait rather than compute.
 """
 
 from collections.abc import Awaitable, Mapping
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, NamedTuple
 
-from cube.rpc.calls import Call
+import numpy as np
+from numpy.typing import NDArray
 
-Values = dict[str, Any]  # numpy arrays and Texts by name
+from cube.errors import BadConfig
+from predictor.tensors import DTYPES, Texts, datatype_of, shape_text
 
 
-class Op(Protocol):
-    """A step."""
+class Ragged(NamedTuple):
+    """Rows of different lengths: bag b owns values[offsets[b] : offsets[b + 1]]."""
 
-    compute: ClassVar[bool]
-    takes: tuple[str, ...]
-    makes: tuple[str, ...]
+    values: NDArray[Any] | Texts  # [k, ...]
+    offsets: NDArray[np.int64]  # int64[bags + 1], from 0 to k, never falling
 
-    def run(self, values: Mapping[str, Any], call: Call) -> Values | Awaitable[Values]:
-        """Values made, by name, from a request's values so far."""
+
+Value = NDArray[Any] | Texts | Ragged
+
+
+class Port(NamedTuple):
+    """What an input or an output of an op holds."""
+
+    datatype: str  # as KServe names it
+    shape: tuple[int, ...] = (-1,)  # -1: varies. If the first one varies it goes by the rows of the batch
+    ragged: bool = False  # a Ragged, `shape` is that of its values, and its bags go by the rows of the batch
+    per_row: int = 1  # entries of the first dimension (or bags) for each row of the batch
+
+    def __str__(self) -> str:
+        per_row = "" if self.per_row == 1 else f", {self.per_row} a row"
+        return f"{'ragged ' if self.ragged else ''}{self.datatype} {shape_text(self.shape)}{per_row}"
+
+    @property
+    def goes_by_rows(self) -> bool:
+        """Whether a part of the rows has a part of the value, so that batches can be merged and split."""
+        return self.ragged or self.shape[:1] == (-1,)
+
+    def misfit(self, value: Any, rows: int) -> str:
+        """How a value is not what the port holds, for a batch of so many rows; empty if it is."""
+        if self.ragged:
+            if not isinstance(value, Ragged):
+                return f"{type(value).__name__}, not a Ragged"
+            if value.offsets.size != rows * self.per_row + 1:
+                return f"{value.offsets.size - 1} bags, not {rows * self.per_row}"
+            return _misfit(value.values, self.datatype, self.shape, -1)
+        return _misfit(value, self.datatype, self.shape, rows * self.per_row)
+
+
+def _misfit(value: Any, datatype: str, shape: tuple[int, ...], first: int) -> str:
+    """first: what the first dimension is if it varies; -1: anything."""
+    if type(value) is np.ndarray:
+        dtype = DTYPES.get(datatype)
+        if value.dtype is dtype and shape[:1] == (-1,) and value.shape == (first, *shape[1:]):
+            return ""  # what nearly every value is
+        if value.dtype != dtype:
+            return f"dtype {value.dtype}"
+    elif not isinstance(value, Texts):
+        return f"a {type(value).__name__}, not an array"
+    elif datatype != "BYTES":
+        return "BYTES"
+    there = value.shape
+    if len(there) != len(shape):
+        return f"shape {shape_text(there)}"
+    for at, (found, expected) in enumerate(zip(there, shape, strict=True)):
+        wanted = first if expected < 0 and at == 0 else expected
+        if wanted not in (-1, found):
+            return f"shape {shape_text(there)}, not {wanted} in dimension {at}"
+    return ""
+
+
+class Batch(dict[str, Any]):
+    """The inputs of one run of an op, by name; `rows` is how many rows they have."""
+
+    __slots__ = ("deadline", "rows")
+
+    rows: int
+    deadline: float | None  # time.monotonic() at which nobody waits for the answer any more; None: never
+
+
+Outputs = Mapping[str, Any]  # arrays, Texts and Ragged by name
+
+
+class Op:
+    """A step of a workflow. Subclass it, name the class in a node's `type` as module:Class."""
+
+    inputs: ClassVar[Mapping[str, Port]] = {}
+    outputs: ClassVar[Mapping[str, Port]] = {}
+    waits: ClassVar[bool] = (
+        False  # `run` may return an awaitable though it is no coroutine, and belongs on the event loop
+    )
+
+    def bind(self, inputs: Mapping[str, Port]) -> Mapping[str, Port]:
+        """What is made of `inputs`, as the op's node is given them; called at load. Raises BadConfig.
+
+        Ops that take what they are given, whatever it is, override this.
+        """
+        for name, port in self.inputs.items():
+            given = inputs.get(name)
+            if given is not None and not _accepts(port, given):
+                raise BadConfig(f"input {name!r}", str(given), str(port))
+        return self.outputs
+
+    def wanted(self) -> Mapping[str, Port] | None:
+        """The inputs it takes; None: all values of the nodes it depends on."""
+        return self.inputs
+
+    def open(self) -> None:
+        """Called once before the first run, in the process that runs the op."""
+
+    def run(self, batch: Batch) -> Outputs | Awaitable[Outputs]:
+        """A value for each output."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Called once after the last run."""
+
+
+def _accepts(port: Port, given: Port) -> bool:
+    return (
+        given.datatype == port.datatype
+        and given.ragged == port.ragged
+        and given.per_row == port.per_row
+        and len(given.shape) == len(port.shape)
+        and all(a == b or -1 in (a, b) for a, b in zip(given.shape, port.shape, strict=True))
+    )
+
+
+def port_of(value: Value) -> Port:
+    """What a value's port would be, were its first dimension rows."""
+    if isinstance(value, Ragged):
+        return Port(datatype_of(value.values), (-1, *value.values.shape[1:]), ragged=True)
+    return Port(datatype_of(value), (-1, *value.shape[1:]))

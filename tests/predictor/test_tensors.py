@@ -6,7 +6,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cube.errors import BadRequest
-from predictor.executor import SHORT_S, RunTimes
 from predictor.tensors import DTYPES, Texts, datatype_of, decode, encode, texts
 
 
@@ -68,15 +67,3 @@ def test_tensors_that_do_not_fit_are_refused(datatype, shape, raw, message):
 def test_arrays_without_a_datatype_are_refused():
     with pytest.raises(BadRequest, match="found dtype complex128"):
         datatype_of(np.zeros(1, complex))
-
-
-def test_unknown_runs_are_long_and_learned_ones_are_what_they_were():
-    times = RunTimes()
-    assert not times.is_short(1)
-    times.learn(50, SHORT_S / 2)
-    assert times.is_short(50)
-    assert times.is_short(33)  # same size class
-    assert not times.is_short(64)
-    for _ in range(50):
-        times.learn(50, SHORT_S * 2)
-    assert not times.is_short(50)

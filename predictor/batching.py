@@ -1,0 +1,345 @@
+"""Merges requests that wait for the same workflow (or node) into one run, and hands out the parts.
+
+Nobody waits for company unless told to: a batch is what has come while the one before it ran, or was read from the
+sockets in the same turn of the event loop. A caller that is alone is served at once, within its call.
+"""
+
+import asyncio
+import time
+from bisect import insort
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import takewhile
+from typing import Any, Generic, NamedTuple, TypeVar
+
+from cube.errors import BadConfig, BadRequest, DeadlineExceeded, Overloaded, ShardUnavailable, Unavailable
+from predictor.ops.op import Port
+from predictor.rows import blank, join_rows, slice_rows
+
+R = TypeVar("R")  # what a run comes to
+Start = Callable[[Mapping[str, Any], int, int, float | None], R | Awaitable[R]]  # values, rows, work, deadline
+
+_ALONE_AFTER = 16  # batches of one request in a row, until requests are run as they come again
+MOST_PRIORITY = 1_000
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How requests become batches."""
+
+    max_rows: int = 4_096  # of a batch; a larger request is split
+    max_delay_s: float = 0.0  # longest wait for company; 0: none is waited for
+    preferred_rows: tuple[int, ...] = ()  # a batch that has reached one of these does not wait
+    allowed_rows: tuple[int, ...] = ()  # batches are filled up to the next of these with blank rows; none: any size
+    max_waiting_rows: int = 65_536  # more are refused
+    max_in_flight: int = 1  # runs at once
+    is_on: bool = True  # False: every request is a run of its own
+
+    def checked(self, place: str) -> "Limits":
+        """These limits; raises BadConfig for what contradicts itself."""
+        if self.max_rows < 1 or self.max_in_flight < 1 or self.max_waiting_rows < 1:
+            raise BadConfig(place, "a limit below 1", "at least 1")
+        if not 0 <= self.max_delay_s <= 60:
+            raise BadConfig(f"{place} max_delay", f"{self.max_delay_s} s", "0 to 60 s")
+        for name, sizes in (("preferred_rows", self.preferred_rows), ("allowed_rows", self.allowed_rows)):
+            if list(sizes) != sorted(set(sizes)) or any(not 1 <= size <= self.max_rows for size in sizes):
+                raise BadConfig(f"{place} {name}", list(sizes), f"rising numbers from 1 to max_rows, {self.max_rows}")
+        if self.allowed_rows and self.allowed_rows[-1] != self.max_rows:
+            raise BadConfig(f"{place} allowed_rows", list(self.allowed_rows), f"{self.max_rows}, max_rows, as the last")
+        return self
+
+
+def decide(limits: Limits, waiting: Sequence[int], waited_s: float) -> tuple[int, float]:
+    """How many of the waiting requests leave now as one batch, and if none, for how many seconds to wait.
+
+    waiting: rows of each, in the order they leave, at least one, none above max_rows. waited_s: by the one that has
+    waited longest.
+    """
+    fits = rows = 0
+    for size in waiting:
+        if rows + size > limits.max_rows:
+            break
+        rows += size
+        fits += 1
+    is_full = fits < len(waiting) or rows == limits.max_rows
+    target = max((size for size in limits.preferred_rows if size <= rows), default=0)
+    if not is_full and not target and waited_s < limits.max_delay_s:
+        return 0, limits.max_delay_s - waited_s
+    if target:
+        taken = count = 0
+        for size in waiting[:fits]:
+            if taken + size > target:
+                break
+            taken += size
+            count += 1
+        return max(count, 1), 0.0
+    return fits, 0.0
+
+
+class Share(NamedTuple, Generic[R]):
+    """A request's part of a run: rows `start` to `stop`."""
+
+    run: R
+    start: int
+    stop: int
+    waited_s: float = 0.0  # from the request's arrival until the run began
+
+
+class _Waiting(Generic[R]):
+    """A request that has not begun."""
+
+    __slots__ = ("answer", "arrived", "deadline", "is_suspect", "number", "priority", "rows", "values", "work")
+
+    def __init__(self, values: Mapping[str, Any], rows: int, work: int, deadline: float | None, priority: int):
+        self.values, self.rows, self.work, self.deadline = values, rows, work, deadline
+        self.priority, self.arrived, self.number = priority or MOST_PRIORITY, time.monotonic(), 0
+        self.is_suspect = False  # a batch with it has failed, so it runs alone
+        self.answer: asyncio.Future[Share[R]] = asyncio.get_running_loop().create_future()
+        self.answer.add_done_callback(_look)
+
+
+@dataclass
+class Counters:
+    """Since start."""
+
+    requests: int = 0
+    batches: int = 0  # runs
+    rows: int = 0  # of these runs
+    expired: int = 0  # requests that left before a run because nobody waited any more
+    refused: int = 0  # because too many were waiting
+    alone: int = 0  # runs of one request after a batch had failed
+    waiting_rows: int = 0  # now
+    in_flight: int = 0  # now
+    sizes: dict[int, int] = field(default_factory=dict)  # of batches, by the power of two above their rows
+
+
+class Batcher(Generic[R]):
+    """The door of a workflow. Owned by the event loop."""
+
+    def __init__(self, place: str, start: Start[R], ports: Mapping[str, Port], limits: Limits):
+        """place: for messages. start: begins a run. ports: of the values; all go by rows unless `limits` says off."""
+        self._place, self._start, self._ports, self.limits = place, start, ports, limits.checked(place)
+        self.counters = Counters()
+        self._queue: list[_Waiting[R]] = []  # in the order they leave
+        self._number = 0
+        self._is_alone = True  # requests come one at a time
+        self._ran_this_turn = False  # of the event loop
+        self._singles = 0  # batches of one in a row
+        self._dispatching: asyncio.Handle | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def submit(
+        self, values: Mapping[str, Any], rows: int, work: int, deadline: float | None, priority: int = 0
+    ) -> "list[Share[R]] | Awaitable[list[Share[R]]]":
+        """Run a request, alone or with others; its shares, in the order of its rows.
+
+        values: as the ports say, checked. priority: 1 leaves first, 0 is the last. Raises BadRequest, Overloaded,
+        DeadlineExceeded, and what the run raises.
+        """
+        if not 0 <= priority <= MOST_PRIORITY:
+            raise BadRequest(f"{self._place} priority", priority, f"0 to {MOST_PRIORITY}")
+        self.counters.requests += 1
+        limits = self.limits
+        if not limits.is_on:
+            return self._alone(values, rows, work, deadline)
+        if rows > limits.max_rows:
+            return self._in_parts(values, rows, work, deadline, priority)
+        if self._is_alone and not limits.max_delay_s and not self._queue and not limits.allowed_rows:
+            if not self._ran_this_turn and self.counters.in_flight < limits.max_in_flight:
+                self._ran_this_turn = True
+                asyncio.get_running_loop().call_soon(self._turn_over)
+                return self._alone(values, rows, work, deadline)
+            self._is_alone, self._singles = False, 0
+        self._admit(rows)
+        return self._shares([self._queued(values, rows, work, deadline, priority)])
+
+    # ---- without company ----
+
+    def _turn_over(self) -> None:
+        self._ran_this_turn = False
+
+    def _alone(
+        self, values: Mapping[str, Any], rows: int, work: int, deadline: float | None
+    ) -> "list[Share[R]] | Awaitable[list[Share[R]]]":
+        self._count(rows)
+        run = self._start(values, rows, work, deadline)
+        return self._alone_later(run, rows) if isinstance(run, Awaitable) else [Share(run, 0, rows)]
+
+    async def _alone_later(self, run: Awaitable[R], rows: int) -> list[Share[R]]:
+        self.counters.in_flight += 1
+        try:
+            return [Share(await run, 0, rows)]
+        finally:
+            self._landed()
+
+    # ---- with company ----
+
+    async def _in_parts(
+        self, values: Mapping[str, Any], rows: int, work: int, deadline: float | None, priority: int
+    ) -> list[Share[R]]:
+        """A request that is larger than a batch."""
+        most = self.limits.max_rows
+        waiting: list[_Waiting[R]] = []
+        self._admit(1)  # whole or not at all: its own size is bounded by who has read it
+        for start in range(0, rows, most):
+            stop = min(start + most, rows)
+            part = {name: slice_rows(value, self._ports[name], start, stop) for name, value in values.items()}
+            waiting.append(self._queued(part, stop - start, work * (stop - start) // rows, deadline, priority))
+        return await self._shares(waiting)
+
+    async def _shares(self, waiting: Sequence[_Waiting[R]]) -> list[Share[R]]:
+        try:
+            return [await one.answer for one in waiting]
+        finally:
+            for one in waiting:
+                one.answer.cancel()
+
+    def _admit(self, rows: int) -> None:
+        most = self.limits.max_waiting_rows
+        if self.counters.waiting_rows + rows > most:
+            self.counters.refused += 1
+            raise Overloaded(f"{self._place}: {self.counters.waiting_rows} rows are waiting, at most {most} may")
+
+    def _queued(
+        self, values: Mapping[str, Any], rows: int, work: int, deadline: float | None, priority: int
+    ) -> _Waiting[R]:
+        one: _Waiting[R] = _Waiting(values, rows, work, deadline, priority)
+        self._number += 1
+        one.number = self._number
+        self._enqueue(one)
+        return one
+
+    def _enqueue(self, one: _Waiting[R]) -> None:
+        insort(self._queue, one, key=_order)
+        self.counters.waiting_rows += one.rows
+        self._dispatch_soon()
+
+    def _dispatch_soon(self, delay_s: float = 0.0) -> None:
+        if self._dispatching is not None:
+            if delay_s or not isinstance(self._dispatching, asyncio.TimerHandle):
+                return
+            self._dispatching.cancel()
+        loop = asyncio.get_running_loop()
+        # In the next turn of the loop: what else is there to be read is read first.
+        self._dispatching = loop.call_later(delay_s, self._dispatch) if delay_s else loop.call_soon(self._dispatch)
+
+    def _dispatch(self) -> None:
+        self._dispatching = None
+        while self._queue and self.counters.in_flight < self.limits.max_in_flight:
+            self._drop_expired()
+            if not self._queue:
+                return
+            count, wait_s = self._decide()
+            if not count:
+                self._dispatch_soon(wait_s)
+                return
+            leaving, self._queue[:count] = self._queue[:count], []
+            self.counters.waiting_rows -= sum(one.rows for one in leaving)
+            self._singles = self._singles + 1 if count == 1 else 0
+            self._is_alone = self._singles >= _ALONE_AFTER
+            self._begin(leaving)
+
+    def _decide(self) -> tuple[int, float]:
+        """How many leave now, else for how long to wait."""
+        if self._queue[0].is_suspect:
+            return 1, 0.0
+        together = list(takewhile(lambda one: not one.is_suspect, self._queue))
+        waited_s = time.monotonic() - min(one.arrived for one in together)
+        return decide(self.limits, [one.rows for one in together], waited_s)
+
+    def _drop_expired(self) -> None:
+        now, kept = time.monotonic(), []
+        for one in self._queue:
+            if one.answer.done():  # its caller has gone
+                self.counters.expired += 1
+            elif one.deadline is not None and one.deadline <= now:
+                self.counters.expired += 1
+                one.answer.set_exception(DeadlineExceeded(f"{self._place}: the deadline passed while it was waiting"))
+            else:
+                kept.append(one)
+                continue
+            self.counters.waiting_rows -= one.rows
+        self._queue = kept
+
+    def _begin(self, batch: list[_Waiting[R]]) -> None:
+        rows = sum(one.rows for one in batch)
+        self._count(rows)
+        began = time.monotonic()
+        deadlines = [one.deadline for one in batch]
+        deadline = None if None in deadlines else max(d for d in deadlines if d is not None)
+        try:
+            values, padded = self._merged(batch, rows)
+            run = self._start(values, padded, sum(one.work for one in batch), deadline)
+        except Exception as error:
+            self._failed(batch, error)
+            return
+        if not isinstance(run, Awaitable):
+            _hand_out(batch, run, began)
+            return
+        self.counters.in_flight += 1
+        task = asyncio.get_running_loop().create_task(self._carried(batch, run, began))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _carried(self, batch: list[_Waiting[R]], run: Awaitable[R], began: float) -> None:
+        try:
+            _hand_out(batch, await run, began)
+        except asyncio.CancelledError:
+            for one in batch:
+                one.answer.cancel()
+            raise
+        except Exception as error:
+            self._failed(batch, error)
+        finally:
+            self._landed()
+
+    def _landed(self) -> None:
+        self.counters.in_flight -= 1
+        if self._queue:
+            self._dispatch_soon()
+
+    def _failed(self, batch: list[_Waiting[R]], error: Exception) -> None:
+        """Nobody's request fails for another's: each is run again alone, unless that could not help."""
+        if len(batch) == 1 or isinstance(error, DeadlineExceeded | ShardUnavailable | Unavailable):
+            for one in batch:
+                if not one.answer.done():
+                    one.answer.set_exception(error)
+            return
+        self.counters.alone += len(batch)
+        for one in batch:
+            one.is_suspect = True
+            self._enqueue(one)
+
+    def _merged(self, batch: list[_Waiting[R]], rows: int) -> tuple[Mapping[str, Any], int]:
+        """One request's values for all of a batch, and how many rows they have, blank ones included."""
+        size = next((size for size in self.limits.allowed_rows if size >= rows), rows)
+        if size == rows and len(batch) == 1:
+            return batch[0].values, rows
+        parts = [one.values for one in batch]
+        if size > rows:
+            parts.append({name: blank(self._ports[name], size - rows) for name in parts[0]})
+        return {name: join_rows([part[name] for part in parts], self._ports[name]) for name in parts[0]}, size
+
+    def _count(self, rows: int) -> None:
+        self.counters.batches += 1
+        self.counters.rows += rows
+        size = 1 << max(rows - 1, 0).bit_length()
+        self.counters.sizes[size] = self.counters.sizes.get(size, 0) + 1
+
+
+def _look(answer: "asyncio.Future[Any]") -> None:
+    """Nobody may be waiting for it any more: then its error is of no interest."""
+    if not answer.cancelled():
+        answer.exception()
+
+
+def _order(one: _Waiting[Any]) -> tuple[int, int]:
+    return one.priority, one.number
+
+
+def _hand_out(batch: Sequence[_Waiting[R]], run: R, began: float) -> None:
+    start = 0
+    for one in batch:
+        if not one.answer.done():
+            one.answer.set_result(Share(run, start, start + one.rows, began - one.arrived))
+        start += one.rows

@@ -1,0 +1,290 @@
+"""The Open Inference Protocol v2 over HTTP, and the ancestor's HTTP interface.
+
+    POST /v2/models/NAME[/versions/V]/infer     JSON, or JSON followed by raw tensors
+    GET  /v2/models/NAME[/versions/V][/ready]
+    GET  /v2
+    POST /NAME/inference                        {"instances": [{INPUT: value, ...}, ...]}: an object for each sample
+    POST /NAME/debug                            the same; what every node made of it, and how long that took
+
+Raw tensors are the protocol's binary extension: the header inference-header-content-length says how long the JSON is;
+an input with parameters.binary_data_size has that many bytes after it, in the order of the inputs. Outputs come raw
+where parameters.binary_data, or binary_data_output of the whole request, asks for it. It is several times cheaper.
+
+In JSON integers are exact at any size, and a NaN or an infinity of an output is null.
+"""
+
+import asyncio
+import importlib.metadata
+from collections.abc import Awaitable
+from typing import Any
+
+import msgspec
+
+from cube.errors import BadRequest, Unimplemented
+from cube.rpc.calls import Buffer, Call
+from cube.rpc.router import HttpError, Request, Response, Router
+from predictor.doors import json_numbers
+from predictor.doors.json_tensors import elements, first_of, numbers, of_instances, rows_of, value_of
+from predictor.ops.op import Ragged
+from predictor.service import Answer, InferenceService, Service
+from predictor.tensors import Value, datatype_of, decode, encode
+from trainer_tools.manifest import Tensor
+
+JSON_LENGTH = "inference-header-content-length"
+MAX_JSON_BYTES = 16 << 20  # Python holds its lock while it reads JSON, about 0.1 s for so much, and everybody waits
+MOST_DEBUGGED = 1_000  # elements of a value that /debug shows
+_NUMBERS_ON_LOOP = 16_384  # that are written as JSON without a thread: about 2 ms
+_EXTENSIONS = ["binary_tensor_data"]
+
+
+class _Input(msgspec.Struct):
+    name: str
+    shape: list[int]
+    datatype: str
+    data: msgspec.Raw = msgspec.Raw()
+    parameters: dict[str, Any] = {}
+
+
+class _Output(msgspec.Struct):
+    name: str
+    parameters: dict[str, Any] = {}
+
+
+class _Infer(msgspec.Struct):
+    inputs: list[_Input]
+    outputs: list[_Output] = []
+    id: str = ""
+    parameters: dict[str, Any] = {}
+
+
+class _Instances(msgspec.Struct, forbid_unknown_fields=True):
+    instances: list[dict[str, Any]]
+
+
+_infer_decoder = msgspec.json.Decoder(_Infer)
+_instances_decoder = msgspec.json.Decoder(_Instances)
+
+
+class RestDoor:
+    """Handlers of HTTP requests."""
+
+    def __init__(self, service: InferenceService):
+        self._service = service
+        json_numbers.warm()
+        version = importlib.metadata.version("cube-serving")
+        self._about = Response(
+            body=msgspec.json.encode({"name": "cube-serving", "version": version, "extensions": _EXTENSIONS})
+        )
+
+    def add_to(self, router: Router) -> None:
+        """Answer there."""
+        router.add("GET", "/v2", lambda request: self._about)
+        router.add("GET", "/v2/models", self._models)
+        for model in ("/v2/models/{name}", "/v2/models/{name}/versions/{version}"):
+            router.add("GET", model, self._metadata)
+            router.add("GET", f"{model}/ready", self._ready)
+            router.add("POST", f"{model}/infer", self._infer)
+        router.add("POST", "/{name}/inference", self._inference, max_body_bytes=MAX_JSON_BYTES)
+        router.add("POST", "/{name}/debug", self._debug, max_body_bytes=MAX_JSON_BYTES)
+
+    def _models(self, request: Request) -> Response:
+        return _json({"models": sorted(self._service.services)})
+
+    def _ready(self, request: Request) -> Response:
+        return _json({"name": self._asked(request).name, "ready": True})
+
+    def _metadata(self, request: Request) -> Response:
+        service = self._asked(request)
+        said = {
+            "name": service.name,
+            "versions": [service.version],
+            "platform": service.platform,
+            "inputs": [_described(tensor) for tensor in service.inputs],
+            "outputs": [_described(tensor) for tensor in service.output_tensors()],
+            "properties": {f"table.{name}": version for name, version in service.tables.items()},
+        }
+        return _json(said)
+
+    def _asked(self, request: Request) -> Service:
+        return self._service.service(request.args["name"], request.args.get("version", ""))
+
+    # ---- the protocol ----
+
+    def _infer(self, request: Request) -> Response | Awaitable[Response]:
+        service = self._asked(request)
+        with service.counts.reading:
+            asked, raw = _parts(request)
+            _refuse_what_is_not_here(asked)
+            inputs, priority = _inputs(asked, raw), _priority(asked)
+        wanted = [output.name for output in asked.outputs]
+        answer = service.infer(inputs, wanted, _call(request), priority)
+        if not isinstance(answer, Answer):
+            return _later(asked, answer)
+        return _later(asked, _there(answer)) if _is_long(answer) else _reply(asked, answer)
+
+    # ---- the ancestor's ----
+
+    def _inference(self, request: Request) -> Response | Awaitable[Response]:
+        service = self._asked(request)
+        with service.counts.reading:
+            inputs = _of_instances(service, request)
+        answer = service.infer(inputs, (), _call(request))
+        if not isinstance(answer, Answer):
+            return _predictions_later(answer)
+        return _predictions_later(_there(answer)) if _is_long(answer) else _predictions(answer)
+
+    async def _debug(self, request: Request) -> Response:
+        service = self._asked(request)
+        told = await service.debug(_of_instances(service, request), _call(request))
+        for nodes in told.values():
+            for node in nodes.values():
+                node["outputs"] = {name: _shown(name, value) for name, value in node["outputs"].items()}
+        return _json({"service": service.name, "version": service.version, "workflows": told})
+
+
+def _call(request: Request) -> Call:
+    return Call(request.path, tuple(request.headers.items()), request.deadline, request.peer)
+
+
+# ---- what was asked ----
+
+
+def _parts(request: Request) -> tuple[_Infer, memoryview]:
+    """The JSON of a request, and the tensors behind it."""
+    body = memoryview(request.body or b"")
+    said = request.headers.get(JSON_LENGTH)
+    size = len(body)
+    if said is not None:
+        if not (said.isascii() and said.isdigit() and int(said[:19]) <= len(body)):
+            raise BadRequest(JSON_LENGTH, repr(said), f"at most the {len(body)} bytes of the body")
+        size = int(said)
+    if size > MAX_JSON_BYTES:
+        expected = f"at most {MAX_JSON_BYTES}: raw tensors may be larger"
+        raise HttpError(413, f"body: found {size} bytes of JSON, expected {expected}")
+    return _decoded(_infer_decoder, body[:size]), body[size:]
+
+
+def _decoded(decoder: "msgspec.json.Decoder[Any]", body: Buffer) -> Any:
+    try:
+        return decoder.decode(body)
+    except msgspec.MsgspecError as error:
+        raise BadRequest("body", error, "JSON as the protocol describes it") from error
+    except UnicodeDecodeError as error:
+        raise BadRequest("body", error, "UTF-8") from error
+    except RecursionError as error:
+        raise BadRequest("body", "brackets within brackets within brackets", "JSON") from error
+
+
+def _inputs(asked: _Infer, raw: memoryview) -> dict[str, Value]:
+    values: dict[str, Value] = {}
+    for tensor in asked.inputs:
+        place = f"input {tensor.name!r}"
+        if tensor.name in values:
+            raise BadRequest(place, "the name twice", "once")
+        size = tensor.parameters.get("binary_data_size")
+        if size is None:
+            values[tensor.name] = value_of(tensor.datatype, tensor.shape, memoryview(tensor.data), place)
+            continue
+        if type(size) is not int or not 0 <= size <= len(raw) or tensor.data:
+            found = "data as well" if tensor.data else f"binary_data_size {size!r}"
+            raise BadRequest(place, found, f"either, and at most the {len(raw)} bytes that are left of the body")
+        values[tensor.name] = decode(tensor.datatype, tensor.shape, bytes(raw[:size]), place)
+        raw = raw[size:]
+    if raw:
+        raise BadRequest("body", f"{len(raw)} bytes after the last tensor", "none")
+    return values
+
+
+def _priority(asked: _Infer) -> int:
+    given = asked.parameters.get("priority", 0)
+    if type(given) is not int:
+        raise BadRequest("parameter 'priority'", repr(given), "a number: 1 leaves first, 0 last")
+    return given
+
+
+def _refuse_what_is_not_here(asked: _Infer) -> None:
+    """Raise Unimplemented for parameters that would change the answer: shared memory, classification, sequences."""
+    names = [name for tensor in asked.inputs for name in tensor.parameters if name != "binary_data_size"]
+    names += [name for output in asked.outputs for name in output.parameters if name != "binary_data"]
+    names += [name for name in asked.parameters if name.startswith("sequence_")]
+    if names:
+        raise Unimplemented(f"parameter {min(names)[:100]!r} is not implemented")
+
+
+def _of_instances(service: Service, request: Request) -> dict[str, Any]:
+    asked: _Instances = _decoded(_instances_decoder, request.body or b"")
+    return of_instances(service.form, asked.instances)
+
+
+# ---- what is answered ----
+
+
+async def _later(asked: _Infer, answer: Awaitable[Answer]) -> Response:
+    made = await answer
+    # In a thread, in pieces, so that the loop may have the interpreter in between.
+    return await asyncio.to_thread(_reply, asked, made) if _is_long(made) else _reply(asked, made)
+
+
+async def _there(answer: Answer) -> Answer:
+    return answer
+
+
+def _is_long(answer: Answer) -> bool:
+    return sum(numbers(value) for value in answer.tensors().values()) > _NUMBERS_ON_LOOP
+
+
+def _reply(asked: _Infer, answer: Answer) -> Response:
+    service = answer.service
+    head: dict[str, Any] = {"model_name": service.name, "model_version": service.version}
+    if asked.id:
+        head["id"] = asked.id
+    if answer.facts:
+        head["parameters"] = answer.facts
+    all_raw = asked.parameters.get("binary_data_output") is True
+    raw_ones = {output.name: output.parameters.get("binary_data", all_raw) is True for output in asked.outputs}
+    pieces: list[Buffer] = [msgspec.json.encode(head)[:-1], b',"outputs":[']
+    raw: list[Buffer] = []
+    for at, (name, value) in enumerate(answer.tensors().items()):
+        about: dict[str, Any] = {"name": name, "datatype": datatype_of(value), "shape": value.shape}
+        if raw_ones.get(name, all_raw):
+            raw.append(encode(value))
+            about["parameters"] = {"binary_data_size": len(raw[-1])}
+            pieces += [b"," if at else b"", msgspec.json.encode(about)]
+        else:
+            pieces += [b"," if at else b"", msgspec.json.encode(about)[:-1], b',"data":', *elements(value, name), b"}"]
+    pieces.append(b"]}")
+    if not raw:
+        return Response(body=b"".join(pieces), compress=True)
+    length = sum(map(len, pieces))
+    return Response(body=[*pieces, *raw], content_type="application/octet-stream", headers=[(JSON_LENGTH, str(length))])
+
+
+async def _predictions_later(answer: Awaitable[Answer]) -> Response:
+    made = await answer
+    return await asyncio.to_thread(_predictions, made) if _is_long(made) else _predictions(made)
+
+
+def _predictions(answer: Answer) -> Response:
+    """An object for each sample; what does not go by samples stands beside them."""
+    ports = answer.service.outputs
+    by_row = {n: rows_of(v, ports[n].per_row, n) for n, v in answer.outputs.items() if ports[n].goes_by_rows}
+    predictions = [dict(zip(by_row, row, strict=True)) for row in zip(*by_row.values(), strict=True)]
+    rest = {name: rows_of(value, 1, name) for name, value in answer.outputs.items() if name not in by_row}
+    return _json({"predictions": predictions, **({"outputs": rest} if rest else {}), "version": answer.service.version})
+
+
+def _shown(name: str, value: Any) -> dict[str, Any]:
+    """A value for people: its first elements."""
+    flat = value.values if isinstance(value, Ragged) else value
+    said: dict[str, Any] = {"datatype": datatype_of(flat), "shape": list(flat.shape)}
+    if isinstance(value, Ragged):
+        said["offsets"] = value.offsets[: MOST_DEBUGGED + 1].tolist()
+    return {**said, "data": first_of(flat, MOST_DEBUGGED, name)}
+
+
+def _described(tensor: Tensor) -> dict[str, Any]:
+    return {"name": tensor.name, "datatype": tensor.datatype, "shape": tensor.shape}
+
+
+def _json(value: Any) -> Response:
+    return Response(body=msgspec.json.encode(value), compress=True)

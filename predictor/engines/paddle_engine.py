@@ -1,0 +1,160 @@
+"""Paddle programs (`__model__`, NAME.pdmodel) by Paddle Inference, in this process."""
+
+import importlib
+import os
+import warnings
+from collections import deque
+from collections.abc import Sequence
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cube.errors import BadConfig, BadData, BadRequest, Overloaded
+from predictor.engines.engine import FITTING, Feed, place_of
+from trainer_tools.programs import paddle as paddle_programs
+
+_DATATYPES = ("BOOL", "UINT8", "INT8", "INT32", "INT64", "FP16", "FP32", "FP64")  # that Paddle takes from numpy
+_GPU_POOL_MB = 256  # of device memory that Paddle takes at once; it takes more as it needs
+
+
+class PaddleEngine:
+    """One program, its weights shared by all runs. A run has a predictor of its own, cloned when all are busy."""
+
+    platform = "paddle"
+
+    def __init__(self, program: Path, *, device: str = "cpu", threads: int = 1):
+        """The program in a file, its parameters beside it, as prune-program or Paddle wrote them.
+
+        threads: of one run. Raises BadConfig without Paddle, BadData.
+        """
+        self._place = place_of(program)
+        read = paddle_programs.load(program.parent)
+        if read.path != program:
+            raise BadData(str(program), f"another program beside it, {read.path.name}", "one in a directory")
+        self.inputs, self.outputs = read.inputs(), read.outputs()
+        self.lod_levels = {t.name: level for t in self.inputs if (level := read.lod_level(t.name))}
+        for tensor in (*self.inputs, *self.outputs):
+            if tensor.datatype not in _DATATYPES:
+                raise BadData(f"{program} {tensor.name!r}", tensor.datatype, f"one of {', '.join(_DATATYPES)}")
+            if self.lod_levels.get(tensor.name, 0) > 1:
+                raise BadData(f"{program} {tensor.name!r}", "sequences of sequences", "sequences (LoD level 1) at most")
+        self._rows = _rows_of_ids(read)
+        inference = _paddle_inference(str(program))
+        parameters = program.parent / read.combined if read.combined else None
+        config = inference.Config(*map(str, (program, parameters) if parameters else (program.parent,)))
+        config.disable_glog_info()
+        config.set_cpu_math_library_num_threads(threads)
+        config.enable_memory_optim()
+        if device == "cpu":
+            config.disable_gpu()
+            config.disable_onednn()  # its kernels die of an empty batch (seen with 3.3.1), and small nets gain nothing
+        else:
+            config.enable_use_gpu(_GPU_POOL_MB, int(device.removeprefix("cuda:")))
+            if not config.use_gpu():
+                raise BadConfig("device", device, "cpu: this Paddle was built without CUDA")
+        try:
+            self._first = inference.create_predictor(config)
+        except Exception as error:  # Paddle raises what its codes map to: ValueError, RuntimeError, OSError ...
+            raise BadData(str(program), f"a program Paddle cannot load ({_said(error)})", "one it can") from error
+        self._free: deque[Any] = deque([self._first])
+        self._cloning = Lock()
+
+    def run(self, feeds: Sequence[Feed]) -> list[NDArray[Any]]:
+        """See Engine."""
+        for tensor, feed in zip(self.inputs, feeds, strict=True):
+            if tensor.name in self._rows:
+                _check_ids(feed[0] if isinstance(feed, tuple) else feed, self._rows[tensor.name], tensor.name)
+        predictor = self._taken()
+        try:
+            for tensor, feed in zip(self.inputs, feeds, strict=True):
+                handle = predictor.get_input_handle(tensor.name)
+                if isinstance(feed, tuple):
+                    handle.copy_from_cpu(_padded(*feed))
+                    handle.set_lod([feed[1].tolist()])
+                else:
+                    handle.copy_from_cpu(feed)
+            predictor.run()
+            return [_made(predictor.get_output_handle(tensor.name)) for tensor in self.outputs]
+        except MemoryError as error:
+            raise Overloaded(f"{self._place}: not enough memory for this request") from error
+        except (ValueError, IndexError, RuntimeError, NotImplementedError, OSError) as error:
+            raise BadRequest(self._place, f"inputs it cannot compute with ({_said(error)})", FITTING) from error
+        finally:
+            self._free.append(predictor)
+
+    def close(self) -> None:
+        """See Engine."""
+        self._free.clear()
+        del self._first
+
+    def _taken(self) -> Any:
+        """A predictor that nobody else uses."""
+        try:
+            return self._free.pop()  # the one used last, whose memory is in the caches
+        except IndexError:
+            with self._cloning:
+                return self._first.clone()
+
+
+def _rows_of_ids(program: paddle_programs.PaddleProgram) -> dict[str, int]:
+    """The rows of the table that each input's ids are for: Paddle 3 reads beyond a table's end and dies of it.
+
+    Ids that a program arranges from several inputs, or from parts of one, are held to the largest of their tables.
+    """
+    own: dict[str, int] = {}
+    arranged: dict[str, int] = {}
+    for lookup in program.lookups():
+        if lookup.rows is None or lookup.obstacle:
+            continue
+        for name in program.ids(lookup).inputs:
+            if name == lookup.ids:
+                own[name] = min(lookup.rows, own.get(name, lookup.rows))
+            else:
+                arranged[name] = max(lookup.rows, arranged.get(name, 0))
+    return arranged | {name: min(rows, arranged.get(name, rows)) for name, rows in own.items()}
+
+
+def _check_ids(ids: NDArray[Any], rows: int, name: str) -> None:
+    if ids.size and not (ids.min() >= 0 and ids.max() < rows):
+        outside = ids[(ids < 0) | (ids >= rows)]
+        raise BadRequest(f"input {name!r}", f"id {outside.flat[0]}", f"0 to {rows - 1}: the rows of its table")
+
+
+def _padded(values: NDArray[Any], offsets: NDArray[np.int64]) -> NDArray[Any]:
+    """As many values as there are sequences, at least one, with rows of zeros at the end that no sequence owns.
+
+    Paddle refuses to pool fewer, and divides by their number. An empty sequence is an empty sequence all the same.
+    """
+    missing = max(offsets.size - 1, 1) - len(values)
+    if missing <= 0:
+        return values
+    return np.concatenate([values, np.zeros((missing, *values.shape[1:]), values.dtype)])
+
+
+def _made(handle: Any) -> NDArray[Any]:
+    """An output, without what it has for rows that no sequence owns."""
+    array: NDArray[Any] = handle.copy_to_cpu()
+    lod = handle.lod()
+    return array[: lod[-1][-1]] if lod else array
+
+
+def _paddle_inference(place: str) -> Any:
+    """The part of Paddle that runs programs."""
+    os.environ.update(FLAGS_enable_pir_api="0")  # Paddle 3 reads a ProgramDesc only so; it looks when it is imported
+    try:
+        with warnings.catch_warnings():  # of compilers that it would need for ops of one's own
+            warnings.simplefilter("ignore")
+            return importlib.import_module("paddle.inference")
+    except ImportError as error:
+        raise BadConfig(
+            place, f"no Paddle here ({error})", "it installed: pip install 'cube-serving[paddle]'"
+        ) from error
+
+
+def _said(error: Exception) -> str:
+    """The line of Paddle's report that says what is wrong; the others are a C++ stack."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return next((line for line in lines if "Error:" in line), lines[0])[:200]

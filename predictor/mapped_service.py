@@ -1,0 +1,78 @@
+"""A service whose requests say which of its workflows runs them."""
+
+import time
+from collections.abc import Awaitable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from cube.errors import BadRequest
+from cube.rpc.calls import Call
+from predictor.requests import Form
+from predictor.service import Answer, Service
+from predictor.tensors import Texts, datatype_of
+
+_LONGEST = 1_000  # bytes of a key that are looked at
+
+
+class MappedService(Service):
+    """Several services under one name; the text in an input of a request picks the one that answers it."""
+
+    def __init__(self, key: str, by_value: Mapping[str, Service], form: Form):
+        """key: the BYTES input, the same text in every element. form: what any of them takes, and the key."""
+        first = next(iter(by_value.values()))
+        super().__init__(first.name, first.version, first.platform, form, ())
+        self._key, self._by_value = key, by_value
+        each = {id(service): service for service in by_value.values()}.values()
+        self.lanes = [lane for service in each for lane in service.lanes]
+        self.tables = {table: version for service in each for table, version in service.tables.items()}
+        for service in each:
+            self.outputs = {**service.outputs, **self.outputs}
+            service.counts = self.counts  # requests are this service's, whoever answers them
+
+    def infer(
+        self, inputs: Mapping[str, Any], wanted: Sequence[str], call: Call, priority: int = 0
+    ) -> Answer | Awaitable[Answer]:
+        """See Service."""
+        began = time.monotonic_ns()
+        try:
+            service, rest = self._picked(inputs)
+        except BadRequest as error:
+            self._ended(call, began, 0, (), error)
+            raise
+        return service.infer(rest, wanted, call, priority)
+
+    async def debug(self, inputs: Mapping[str, Any], call: Call) -> dict[str, dict[str, Any]]:
+        """See Service."""
+        service, rest = self._picked(inputs)
+        return await service.debug(rest, call)
+
+    async def warm_up(self) -> None:
+        """See Service."""
+        for service in self._by_value.values():
+            await service.warm_up()
+
+    def _picked(self, inputs: Mapping[str, Any]) -> tuple[Service, dict[str, Any]]:
+        """The service that answers a request, and the request without its key."""
+        place, known = f"input {self._key!r}", f"one of {', '.join(map(repr, self._by_value))}"
+        rest = dict(inputs)
+        given = rest.pop(self._key, None)
+        if not isinstance(given, Texts):
+            raise BadRequest(place, "nothing" if given is None else datatype_of(given), f"BYTES, {known}")
+        text = _in_every_element(given)
+        if text is None:
+            raise BadRequest(place, "different texts, or none", f"the same in every element, {known}")
+        if text not in self._by_value:
+            raise BadRequest(place, repr(text), known)
+        return self._by_value[text], rest
+
+
+def _in_every_element(given: Texts) -> str | None:
+    """The one text that all elements are; of a long one its beginning."""
+    if not given.sizes.size or (given.sizes != given.sizes[0]).any():
+        return None
+    letters = given.data[given.starts[:, None] + np.arange(min(given.sizes[0], _LONGEST))]
+    if (letters != letters[0]).any():
+        return None
+    text: bytes = letters[0].tobytes()
+    return text.decode("utf-8", "replace")

@@ -1,0 +1,1 @@
+"""Processes that run one op each, for `predictor.processes`: messages, shared memory, and both ends."""

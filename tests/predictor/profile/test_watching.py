@@ -1,0 +1,179 @@
+"""Slow requests' lines, and spans."""
+
+import asyncio
+import http.server
+import threading
+import time
+import zlib
+from types import SimpleNamespace
+
+import pytest
+from small_services import Add, Fails, Later, ask, chain, service_of
+
+from cube.errors import BadConfig, BadRequest, Overloaded
+from predictor.batching import Limits
+from predictor.profile.slow_requests import SlowRequests
+from predictor.profile.watch import Watch, watched
+
+
+def test_a_slow_request_gets_a_line_that_says_where_its_time_went(caplog):
+    async def main():
+        await asyncio.gather(*(ask(service, count, peer="ipv4:10.0.0.7:4") for count in (2, 3)))
+
+    service = service_of(*chain(Later(0.03), Add()), limits=Limits())
+    service.counts.watchers.append(SlowRequests(0.02).request)
+    asyncio.run(main())
+    assert len(caplog.records) == 2
+    text = caplog.messages[1]
+    assert text.startswith("slow: s 7: ")
+    assert "ms for 3 rows; workflow w: wait " in text
+    assert "(3 rows: a " in text
+    assert ", b 0." in text
+    assert ", rest 0." in text
+    facts = caplog.records[1].facts
+    assert (facts["service"], facts["rows"], facts["code"], facts["peer"]) == ("s", 3, "OK", "ipv4:10.0.0.7:4")
+    assert facts["ms"] >= 59
+
+
+def test_slow_requests_do_not_flood_the_log(caplog, monkeypatch):
+    monkeypatch.setattr("cube.logs.time", SimpleNamespace(monotonic=lambda: 7.0))  # all within a second
+
+    async def main():
+        await asyncio.gather(*(ask(service, 1) for _ in range(12)))
+        await asyncio.sleep(1.05)
+
+    service = service_of(*chain(Later(0.002)), limits=Limits(is_on=False))
+    service.counts.watchers.append(SlowRequests(1e-9).request)
+    asyncio.run(main())
+    assert [line.startswith("slow: s 7:") for line in caplog.messages] == [True] * 5 + [False]
+    assert caplog.messages[5] == "slow: 7 more within a second"
+
+
+def test_a_failed_slow_request_says_its_code(caplog):
+    service = service_of(*chain(Later(0.01), Fails(Overloaded("full"))))
+    service.counts.watchers.append(SlowRequests(0.005).request)
+    with pytest.raises(Overloaded):
+        asyncio.run(ask(service))
+    assert caplog.messages[0].endswith("ms for 3 rows, RESOURCE_EXHAUSTED")
+
+
+TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
+
+
+@pytest.fixture
+def spans():
+    """A Spans and a function that gives what it has exported."""
+    pytest.importorskip("opentelemetry.sdk")
+    from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+
+    from predictor.profile.spans import Spans
+
+    exporter = InMemorySpanExporter()
+    made = Spans(exporter)
+
+    def exported():
+        made.close()
+        return exporter.get_finished_spans()
+
+    return made, exported
+
+
+def test_a_request_is_a_span_with_a_child_for_each_node(spans):
+    made, exported = spans
+    service = service_of(*chain(Add(), Later(0.002)))
+    service.counts.watchers.append(made.request)
+    before = time.time_ns()
+    asyncio.run(ask(service, 3, fields=(("traceparent", f"00-{TRACE}-{PARENT}-01"),)))
+    found = {span.name: span for span in exported()}
+    assert set(found) == {"s", "a", "b"}
+    assert all(f"{span.context.trace_id:032x}" == TRACE for span in found.values())
+    assert f"{found['s'].parent.span_id:016x}" == PARENT
+    assert found["a"].parent.span_id == found["b"].parent.span_id == found["s"].context.span_id
+    assert before <= found["s"].start_time <= found["a"].start_time <= found["a"].end_time <= found["b"].start_time
+    assert found["b"].end_time <= found["s"].end_time <= time.time_ns()
+    assert found["b"].end_time - found["b"].start_time >= 2_000_000
+    assert found["s"].attributes["rows"] == 3
+    assert found["b"].attributes["batch.rows"] == 3
+
+
+@pytest.mark.parametrize(("traceparent", "count"), [(f"00-{TRACE}-{PARENT}-00", 0), ("nonsense", 3), (None, 3)])
+def test_whoever_asks_decides_whether_a_request_is_recorded(spans, traceparent, count):
+    made, exported = spans
+    service = service_of(*chain(Add(), Add()))
+    service.counts.watchers.append(made.request)
+    asyncio.run(ask(service, fields=() if traceparent is None else (("traceparent", traceparent),)))
+    assert len(exported()) == count
+
+
+def test_a_refused_request_is_a_span_with_an_error(spans):
+    made, exported = spans
+    service = service_of(*chain(Add()))
+    service.counts.watchers.append(made.request)
+    with pytest.raises(BadRequest):
+        asyncio.run(ask(service, 1_000))
+    (span,) = exported()
+    assert not span.status.is_ok
+    assert span.attributes["rpc.grpc.status"] == "INVALID_ARGUMENT"
+
+
+@pytest.mark.parametrize("said", ["setting", "environment"])
+def test_spans_arrive_at_a_collector(said, monkeypatch):
+    pytest.importorskip("opentelemetry.exporter.otlp.proto.http")
+    from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+
+    arrived = []
+
+    class Collector(http.server.BaseHTTPRequestHandler):
+        def do_POST(self):
+            body = self.rfile.read(int(self.headers["content-length"]))
+            arrived.append((self.path, zlib.decompress(body, 47) if self.headers["content-encoding"] else body))
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *args):
+            pass
+
+    service = service_of(*chain(Add(), Later()))
+
+    async def main(endpoint):
+        async with watched([service], lambda service: Watch(), endpoint):
+            await ask(service)
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Collector) as collector:
+        threading.Thread(target=collector.serve_forever).start()
+        endpoint = f"http://127.0.0.1:{collector.server_port}"
+        if said == "environment":
+            monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", endpoint)
+        asyncio.run(main(endpoint if said == "setting" else ""))
+        collector.shutdown()
+    ((path, body),) = arrived
+    (of_resource,) = ExportTraceServiceRequest.FromString(body).resource_spans
+    assert path == "/v1/traces"
+    assert {span.name for scope in of_resource.scope_spans for span in scope.spans} == {"s", "a", "b"}
+    named = {each.key: each.value.string_value for each in of_resource.resource.attributes}
+    assert named["service.name"] == "predictor-server"
+
+
+def test_a_collector_that_is_not_there_does_not_keep_the_process(caplog):
+    pytest.importorskip("opentelemetry.exporter.otlp.proto.http")
+    service = service_of(*chain(Add()))
+
+    async def main():
+        async with watched([service], lambda service: Watch(), "http://127.0.0.1:9"):
+            await ask(service)
+            begin = time.monotonic()
+        return time.monotonic() - begin
+
+    assert asyncio.run(main()) < 10
+    assert not [thread for thread in threading.enumerate() if "Otel" in thread.name]
+
+
+def test_spans_that_are_wanted_and_cannot_be_made_are_refused(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "predictor.profile.spans", None)
+
+    async def main():
+        async with watched([], lambda service: Watch(), "http://127.0.0.1:9"):
+            pass
+
+    with pytest.raises(BadConfig, match=r"OpenTelemetry: .* expected its packages: pip install 'cube-serving\[otel\]'"):
+        asyncio.run(main())

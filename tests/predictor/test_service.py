@@ -1,0 +1,213 @@
+"""A request's way through one workflow or several: what it gets back, and that company does not change it."""
+
+import asyncio
+from collections.abc import Awaitable
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+from one_shard import OneShard
+
+from cube.client import Answer as Looked
+from cube.client import Rows
+from cube.errors import BadConfig, BadRequest, NotServed
+from cube.rpc.calls import Call
+from cube.version import Version
+from predictor.batching import Limits
+from predictor.executor import Executor
+from predictor.ops.gather import Gather
+from predictor.ops.op import Op, Port
+from predictor.ops.pool import Pool
+from predictor.requests import Form
+from predictor.service import InferenceService, Lane, Service
+from predictor.workflow import Dependency, Node, plan
+from trainer_tools.manifest import Lookup, Slot
+
+X = Port("FP32", (-1, 2))
+THREADS = ThreadPoolExecutor(2, "test-compute")
+CALL = Call("/test")
+
+
+class Apply(Op):
+    """One output of one input."""
+
+    def __init__(self, function, makes="y", out=X):
+        self.inputs, self.outputs, self.function = {"x": X}, {makes: out}, function
+
+    def run(self, batch):
+        return {name: self.function(batch["x"]) for name in self.outputs}
+
+
+class Slow(Apply):
+    async def run(self, batch):
+        await asyncio.sleep(0.1)
+        return super().run(batch)
+
+
+def service_of(*ops, limits=Limits(), **more):  # noqa: B008 - immutable
+    """A workflow for each op."""
+    form = Form({"x": X}, [], max_samples=100, max_keys=0, finite=False)
+    lanes = [
+        Lane(Executor(plan(f"w{number}", [Node("a", op)], form.ports), THREADS), limits)
+        for number, op in enumerate(ops)
+    ]
+    return Service("s", "1", "test", form, lanes, **more)
+
+
+def infer(service, wanted=(), **inputs):
+    async def main():
+        answer = service.infer(inputs, wanted, CALL)
+        return await answer if isinstance(answer, Awaitable) else answer
+
+    return asyncio.run(main())
+
+
+def rows(count):
+    return np.arange(2 * count, dtype=np.float32).reshape(count, 2)
+
+
+def test_the_replies_of_workflows_are_put_together():
+    service = service_of(Apply(lambda x: 2 * x, "a"), Slow(lambda x: 3 * x, "b"))
+    answer = infer(service, x=rows(3))
+    assert {name: value.tolist() for name, value in answer.outputs.items()} == {
+        "a": (2 * rows(3)).tolist(), "b": (3 * rows(3)).tolist()
+    }  # fmt: skip
+    assert list(infer(service, ["b"], x=rows(1)).outputs) == ["b"]
+
+
+@pytest.mark.parametrize(("at_once", "least", "most"), [(False, 0.3, 9), (True, 0.1, 0.29)])
+def test_workflows_run_one_after_the_other_or_at_once(at_once, least, most):
+    service = service_of(*(Slow(lambda x: x, name) for name in "abc"), at_once=at_once)
+
+    async def main():
+        begin = asyncio.get_running_loop().time()
+        await service.infer({"x": rows(1)}, (), CALL)
+        return asyncio.get_running_loop().time() - begin
+
+    assert least <= asyncio.run(main()) < most
+
+
+def test_two_workflows_that_make_one_output_are_refused():
+    with pytest.raises(BadConfig, match="service 's' workflow 'w1' output 'y': found another workflow makes it too"):
+        service_of(Apply(lambda x: x), Apply(lambda x: x))
+
+
+def test_an_output_that_is_not_made_is_refused():
+    with pytest.raises(BadRequest, match="output 'z': found a name the model does not make, expected one of y"):
+        infer(service_of(Apply(lambda x: x)), ["z"], x=rows(1))
+
+
+def test_requests_are_merged_and_each_gets_its_own():
+    sizes = []
+
+    def look(x):
+        sizes.append(len(x))
+        return x + 1
+
+    service = service_of(Apply(look))
+
+    async def main():
+        made = [service.infer({"x": rows(n)}, (), CALL) for n in (1, 2, 3, 4)]
+        return [await one if isinstance(one, Awaitable) else one for one in made]
+
+    answers = asyncio.run(main())
+    for n, answer in zip((1, 2, 3, 4), answers, strict=True):
+        np.testing.assert_array_equal(answer.outputs["y"], rows(n) + 1)
+    assert sizes in ([1, 9], [10])  # the first one, whose time is not known yet, may have been in a thread
+
+
+LOOKUP = Lookup(keys="k", text="t", lengths="n", slots=[Slot("A", 1)], table="emb", pooling="sum", feed="f")
+
+
+class Odd(OneShard):
+    """Has the odd keys only."""
+
+    def answer(self, asks):
+        return Looked(
+            [Rows(np.ones((keys.size, 2), np.float32), keys % 2 == 1, version) for _, keys, version in asks], {}
+        )
+
+
+@pytest.mark.parametrize("is_here", [False, True])
+@pytest.mark.parametrize("max_rows", [2, 100])
+def test_everybody_is_told_of_their_own_keys(is_here, max_rows):
+    form = Form({}, [LOOKUP], max_samples=100, max_keys=1000, finite=True)
+    nodes = [
+        Node("gather", Gather([LOOKUP], {"emb": (Version(7), 2)}, Odd(is_here), 1.0)),
+        Node("pool", Pool([LOOKUP], {"emb": 2}), (Dependency("gather"),)),
+    ]
+    lane = Lane(Executor(plan("w", nodes, form.ports), THREADS), Limits(max_rows=max_rows))
+    service = Service("s", "7", "test", form, [lane], tables={"emb": "7@0"})
+
+    def request(*bags):
+        keys = np.array([key for bag in bags for key in bag], np.uint64)
+        return {"k": keys, "n": np.array([[len(bag)] for bag in bags], np.int32)}
+
+    asked = [[[1, 2], [4]], [[2, 4, 6]], [[], [1], [3, 5]], [[]]]
+
+    async def main():
+        made = [service.infer(request(*bags), (), CALL) for bags in asked]
+        return [await one if isinstance(one, Awaitable) else one for one in made]
+
+    for bags, answer in zip(asked, asyncio.run(main()), strict=True):
+        flat = [key for bag in bags for key in bag]
+        assert answer.facts == {
+            "keys": len(flat), "keys_absent": sum(key % 2 == 0 for key in flat), "table.emb": "7@0"
+        }  # fmt: skip
+        assert answer.outputs["f"][:, 0].tolist() == [len(bag) for bag in bags]
+
+
+# ---- company ----
+
+
+@pytest.mark.parametrize(
+    ("function", "is_merged"),
+    [
+        (lambda x: x * 2, True),
+        (lambda x: x - x.mean(axis=0), False),  # as a batch norm that was left in training does
+        (lambda x: np.exp(x) / np.exp(x).sum(axis=0), False),  # a softmax along the wrong axis
+        (lambda x: np.flip(x, axis=0).copy(), False),
+    ],
+)
+def test_a_net_whose_rows_look_at_each_other_is_not_merged(function, is_merged, caplog):
+    service = service_of(Apply(function))
+    asyncio.run(service.warm_up())
+    assert service.lanes[0].batcher.limits.is_on is is_merged
+    assert ("depends on the rows beside it" in caplog.text) is not is_merged
+
+
+def test_values_that_do_not_go_by_rows_are_not_merged(caplog):
+    form = Form({"x": X, "scale": Port("FP32", (1,))}, [], max_samples=9, max_keys=0, finite=False)
+    lane = Lane(Executor(plan("w", [Node("a", Apply(lambda x: x))], form.ports), THREADS), Limits())
+    assert not lane.batcher.limits.is_on
+    assert "its values do not all go by rows" in caplog.text
+
+
+# ---- the rest ----
+
+
+def test_debug_shows_every_node():
+    form = Form({"x": X}, [], max_samples=9, max_keys=0, finite=False)
+
+    class Last(Op):
+        inputs, outputs = {"y": X}, {"z": X}
+
+        def run(self, batch):
+            return {"z": batch["y"] + 1}
+
+    nodes = [Node("a", Apply(lambda x: 2 * x)), Node("b", Last(), (Dependency("a"),))]
+    service = Service("s", "1", "test", form, [Lane(Executor(plan("w", nodes, form.ports), THREADS), Limits())])
+    told = asyncio.run(service.debug({"x": rows(2)}, CALL))["w"]
+    np.testing.assert_array_equal(told["a"]["outputs"]["y"], 2 * rows(2))
+    np.testing.assert_array_equal(told["b"]["outputs"]["z"], 2 * rows(2) + 1)
+    assert told["b"]["began_us"] >= told["a"]["began_us"] >= 0
+    assert told["a"]["took_us"] > 0
+
+
+def test_services_are_found_by_name_and_version():
+    services = InferenceService([service_of(Apply(lambda x: x))])
+    assert services.service("s").name == services.service("s", "1").name == "s"
+    with pytest.raises(NotServed, match="model 'other': not served here, which serves s"):
+        services.service("other")
+    with pytest.raises(NotServed, match="model 's' version '2'"):
+        services.service("s", "2")
