@@ -18,6 +18,7 @@ from predictor.apart import Gathered, OwnThreads
 from predictor.batching import Limits
 from predictor.config import EngineSettings, Settings, dependencies_of, kind_of, settings_of
 from predictor.config_files import resolved
+from predictor.engines.callable_engine import CallableEngine
 from predictor.engines.open import open_engine
 from predictor.engines.warm_up import recorded
 from predictor.executor import Executor
@@ -62,7 +63,7 @@ class Assembly:
     async def load(self, stack: AsyncExitStack) -> None:
         """Load all models; `stack` closes them. Raises BadConfig, BadData, DataCorrupt, ShardUnavailable."""
         for name, settings in self._said.engines.items():
-            log.info("loading %s from %s", name, settings.directory)
+            log.info("loading %s from %s", name, settings.callable or settings.directory)
             model = await _loaded(settings, self._shared)
             stack.push_async_callback(model.close)
             self._models[name] = model
@@ -293,6 +294,8 @@ def _declared(said: Workflow, place: str) -> dict[str, Port]:
 
 
 async def _loaded(settings: EngineSettings, shared: models.Settings) -> Model:
+    if settings.callable:
+        return _called(settings)
     opener = partial(
         open_engine,
         engine=settings.engine,
@@ -304,6 +307,17 @@ async def _loaded(settings: EngineSettings, shared: models.Settings) -> Model:
         return replace(await models.load(settings.directory, shared, opener), name=settings.name)
     except BadConfig as error:
         raise BadConfig(f"{settings.place} {error.place}", error.found, error.expected) from error
+
+
+def _called(settings: EngineSettings) -> Model:
+    """A function as a model."""
+    _find_modules_in(settings.directory)
+    try:
+        engine = CallableEngine(settings.callable, settings.inputs, settings.outputs)
+    except BadConfig as error:
+        raise BadConfig(f"{settings.place} {error.place}", error.found, error.expected) from error
+    ports = {tensor.name: Port(tensor.datatype, tuple(tensor.shape)) for tensor in settings.inputs}
+    return Model(name=settings.name, version="1", engine=engine, inputs=ports)
 
 
 class _Resources:
@@ -371,6 +385,10 @@ def made_apart(type: str, config: dict[str, Any], base: str) -> Op:
 def _import_from(directory: Path, workflows: Sequence[Workflow] | Any) -> None:
     """Have modules beside the workflow file found, where a node names one. What is installed goes before them."""
     if any(":" in node.type for workflow in workflows for node in workflow.nodes):
-        for place in (str(directory.resolve()), str(Path.cwd())):
-            if place not in sys.path:
-                sys.path.append(place)
+        _find_modules_in(directory)
+
+
+def _find_modules_in(directory: Path) -> None:
+    for place in (str(directory.resolve()), str(Path.cwd())):
+        if place not in sys.path:
+            sys.path.append(place)

@@ -16,7 +16,7 @@ nothing.
 
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,11 +33,13 @@ from predictor.pb.serving_config_pb2 import (
     InferService,
     InferServiceConf,
     ModelToolkitConf,
+    RequestInput,
     ResourceConf,
     Workflow,
     WorkflowConf,
 )
 from predictor.workflow import Dependency, Kind, Mode, Node, ordered
+from trainer_tools.manifest import Tensor
 
 log = logging.getLogger(__name__)
 
@@ -71,7 +73,10 @@ class EngineSettings(NamedTuple):
     """A model, and what runs it."""
 
     name: str  # as nodes call it
-    directory: Path
+    directory: Path  # of the model; of a callable, where its module may be
+    callable: str  # "module:function" instead of a directory's program; empty: none
+    inputs: tuple[Tensor, ...]  # of a callable
+    outputs: tuple[Tensor, ...]
     engine: str  # these four as predictor.engines.open.open_engine takes them
     device: str
     threads: int
@@ -319,11 +324,14 @@ def _engine(said: EngineDesc, base: Path, place: str, flags: Flags) -> EngineSet
     if said.model_dir and said.model_data_path and said.model_dir != said.model_data_path:
         raise BadConfig(f"{place} model_dir and model_data_path", "two directories", "one")
     where = said.model_dir or said.model_data_path
-    if not where:
-        raise BadConfig(f"{place} model_dir", "none", "the model's directory")
-    directory = resolved(where, base)
+    if bool(where) == bool(said.callable):
+        found = "both" if where else "neither"
+        raise BadConfig(f"{place} model_dir and callable", found, "the model's directory, or a function instead")
+    directory = resolved(where, base) if where else base
     if not directory.is_dir():
         raise BadConfig(f"{place} model_dir", f"no directory {where}", f"one in {base} or {Path.cwd()}")
+    if (said.inputs or said.outputs) and not said.callable:
+        raise BadConfig(f"{place} inputs and outputs", "those of a program", "none: the program says them")
     if said.encrypted_model or said.enable_dist_model:
         what = "encrypted_model" if said.encrypted_model else "enable_dist_model"
         raise BadConfig(f"{place} {what}", "true", "a plain model on one machine: this is not implemented")
@@ -340,6 +348,9 @@ def _engine(said: EngineDesc, base: Path, place: str, flags: Flags) -> EngineSet
     return EngineSettings(
         name=said.name,
         directory=directory,
+        callable=said.callable,
+        inputs=_tensors(said.inputs, f"{place} inputs"),
+        outputs=_tensors(said.outputs, f"{place} outputs"),
         engine=said.engine or "AUTO",
         device=_device(said, place, flags),
         threads=said.threads or said.cpu_math_thread_num or 1,
@@ -350,6 +361,17 @@ def _engine(said: EngineDesc, base: Path, place: str, flags: Flags) -> EngineSet
         warm_up=warm_up,
         place=place,
     )
+
+
+def _tensors(said: Iterable[RequestInput], place: str) -> tuple[Tensor, ...]:
+    """What a callable declares; its engine checks the datatypes."""
+    made = tuple(Tensor(one.name, one.datatype, list(one.shape) or [-1]) for one in said)
+    for tensor in made:
+        if not tensor.name or sum(other.name == tensor.name for other in made) > 1:
+            raise BadConfig(f"{place} {tensor.name!r}", "no name, or one that is there twice", "every name once")
+    if any(one.ragged for one in said):
+        raise BadConfig(place, "a ragged one", "arrays: an op of your own takes ragged values")
+    return made
 
 
 def _device(said: EngineDesc, place: str, flags: Flags) -> str:

@@ -22,7 +22,10 @@ class Engine(Protocol):
     platform: str  # as KServe's metadata calls it
     inputs: list[Tensor]
     outputs: list[Tensor]
-    lod_levels: Mapping[str, int]  # 1 for each input that takes (values, offsets)
+
+    @property
+    def lod_levels(self) -> Mapping[str, int]:
+        """1 for each input that takes (values, offsets)."""
 
     def run(self, feeds: Sequence[Feed]) -> list[NDArray[Any]]:
         """Outputs for inputs, both in the order of the lists above.

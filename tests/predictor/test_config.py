@@ -347,7 +347,7 @@ ENGINE = 'engines {{ name: "net" model_dir: "mlp" {} }}'
         ),
         ("resource.prototxt", 'cube_config_file: "nowhere.conf"', "cube_config_file: found no file nowhere.conf"),
         ("model_toolkit.prototxt", "engines { }", r"engines\[0\] name: found none"),
-        ("model_toolkit.prototxt", 'engines { name: "net" }', "engine 'net' model_dir: found none"),
+        ("model_toolkit.prototxt", 'engines { name: "net" }', "engine 'net' model_dir and callable: found neither"),
         (
             "model_toolkit.prototxt",
             'engines { name: "net" model_dir: "nowhere" }',
@@ -508,6 +508,46 @@ def test_an_op_of_ones_own_before_a_net(conf, tmp_path, extra):
         if chosen:
             given = given * chosen["chosen"][:, None]
         assert np.allclose(outputs["y"], direct(given), atol=1e-6)
+
+
+CALLED = """
+    engines {{
+      name: "sums" callable: "{target}"
+      inputs {{ name: "x" datatype: "FP32" shape: [-1, 4] }}
+      outputs {{ name: "y" datatype: "FP32" shape: -1 }}
+      {more}
+    }}
+"""
+
+
+def test_a_function_is_an_engine(conf, tmp_path):
+    functions = "def add_up(x):\n    return x.sum(axis=1)\n"
+    toolkit = CALLED.format(target="sums_of_rows:add_up", more="")
+    conf({"model_toolkit.prototxt": toolkit, "sums_of_rows.py": functions})
+    (outputs,) = answers(tmp_path, {"x": X})
+    np.testing.assert_array_equal(outputs["y"], X.sum(axis=1))
+
+
+@pytest.mark.parametrize(
+    ("target", "more", "message"),
+    [
+        ("sums", "", "callable: found 'sums', expected module:function"),
+        ("nobody_has_this:f", "", "callable nobody_has_this:f: found ModuleNotFoundError"),
+        ("json:loads", 'model_dir: "mlp"', "model_dir and callable: found both"),
+        (
+            "json:loads",
+            'inputs { name: "x" datatype: "FP32" }',
+            "inputs 'x': found no name, or one that is there twice",
+        ),
+        ("json:loads", 'outputs { name: "z" datatype: "FP23" }', "'z': found FP23"),
+        ("json:loads", 'outputs { name: "z" datatype: "FP32" ragged: true }', "outputs: found a ragged one"),
+    ],
+)
+def test_a_function_that_cannot_be_an_engine_is_refused(conf, tmp_path, target, more, message):
+    conf({"model_toolkit.prototxt": CALLED.format(target=target, more=more)})
+    with pytest.raises(BadConfig, match=message) as refused:
+        answers(tmp_path, {"x": X})
+    assert "model_toolkit.prototxt" in str(refused.value)
 
 
 def test_several_engines_and_workflows_share_a_request_and_put_their_replies_together(conf, tmp_path):
