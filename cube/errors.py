@@ -3,7 +3,7 @@
 ServingError
  ├─ BadRequest         the caller must change the request
  ├─ NotServed          no such model, table or version here
- ├─ Overloaded         try again, or elsewhere
+ ├─ Overloaded         try again, or elsewhere; OutOfMemory: or with less at once
  ├─ ShardUnavailable   a shard did not answer
  ├─ DeadlineExceeded   the caller's time is up
  ├─ DataCorrupt        bytes on disk or wire are not what was written
@@ -97,6 +97,10 @@ class Overloaded(ServingError):
     """A limit on what may be in flight is reached."""
 
     wire = Wire("RESOURCE_EXHAUSTED", 429, retry=True)
+
+
+class OutOfMemory(Overloaded):
+    """Memory is short for this much at once; less may do."""
 
 
 class ShardUnavailable(ServingError):

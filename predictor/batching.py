@@ -9,12 +9,11 @@ import time
 from bisect import insort
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import takewhile
 from typing import Any, Generic, NamedTuple, TypeVar
 
-from cube.errors import BadConfig, BadRequest, DeadlineExceeded, Overloaded, ShardUnavailable, Unavailable
+from cube.errors import BadConfig, BadRequest, DeadlineExceeded, OutOfMemory, Overloaded, ShardUnavailable
 from predictor.ops.op import Port
-from predictor.rows import blank, join_rows, slice_rows
+from predictor.rows import join_rows, slice_rows
 
 R = TypeVar("R")  # what a run comes to
 Start = Callable[[Mapping[str, Any], int, int, float | None], R | Awaitable[R]]  # values, rows, work, deadline
@@ -30,13 +29,16 @@ class Limits:
     max_rows: int = 4_096  # of a batch; a larger request is split
     max_delay_s: float = 0.0  # longest wait for company; 0: none is waited for
     preferred_rows: tuple[int, ...] = ()  # a batch that has reached one of these does not wait
-    allowed_rows: tuple[int, ...] = ()  # batches are filled up to the next of these with blank rows; none: any size
+    allowed_rows: tuple[int, ...] = ()  # batches are filled up to the next of these with copies of a row
     max_waiting_rows: int = 65_536  # more are refused
     max_in_flight: int = 1  # runs at once
-    is_on: bool = True  # False: every request is a run of its own
+    is_on: bool = True  # False: every request is a run of its own; the bounds on what waits and runs stay
 
     def checked(self, place: str) -> "Limits":
         """These limits; raises BadConfig for what contradicts itself."""
+        if self.max_waiting_rows < self.max_rows:
+            found = f"{self.max_waiting_rows}, fewer than a batch has"
+            raise BadConfig(f"{place} max_waiting_rows", found, f"at least max_rows, {self.max_rows}")
         if self.max_rows < 1 or self.max_in_flight < 1 or self.max_waiting_rows < 1:
             raise BadConfig(place, "a limit below 1", "at least 1")
         if not 0 <= self.max_delay_s <= 60:
@@ -140,11 +142,10 @@ class Batcher(Generic[R]):
             raise BadRequest(f"{self._place} priority", priority, f"0 to {MOST_PRIORITY}")
         self.counters.requests += 1
         limits = self.limits
-        if not limits.is_on:
-            return self._alone(values, rows, work, deadline)
-        if rows > limits.max_rows:
+        if limits.is_on and rows > limits.max_rows:
             return self._in_parts(values, rows, work, deadline, priority)
-        if self._is_alone and not limits.max_delay_s and not self._queue and not limits.allowed_rows:
+        waits = limits.is_on and (limits.max_delay_s or limits.allowed_rows)
+        if (self._is_alone or not limits.is_on) and not waits and not self._queue:
             if not self._ran_this_turn and self.counters.in_flight < limits.max_in_flight:
                 self._ran_this_turn = True
                 asyncio.get_running_loop().call_soon(self._turn_over)
@@ -225,10 +226,10 @@ class Batcher(Generic[R]):
 
     def _dispatch(self) -> None:
         self._dispatching = None
+        self._drop_expired()
         while self._queue and self.counters.in_flight < self.limits.max_in_flight:
-            self._drop_expired()
-            if not self._queue:
-                return
+            if self._queue[0].is_suspect and self.counters.in_flight:
+                return  # alone means alone
             count, wait_s = self._decide()
             if not count:
                 self._dispatch_soon(wait_s)
@@ -241,11 +242,16 @@ class Batcher(Generic[R]):
 
     def _decide(self) -> tuple[int, float]:
         """How many leave now, else for how long to wait."""
-        if self._queue[0].is_suspect:
+        if self._queue[0].is_suspect or not self.limits.is_on:
             return 1, 0.0
-        together = list(takewhile(lambda one: not one.is_suspect, self._queue))
-        waited_s = time.monotonic() - min(one.arrived for one in together)
-        return decide(self.limits, [one.rows for one in together], waited_s)
+        rows: list[int] = []
+        total, arrived = 0, self._queue[0].arrived
+        for one in self._queue:
+            if one.is_suspect or total > self.limits.max_rows:
+                break
+            rows.append(one.rows)
+            total, arrived = total + one.rows, min(arrived, one.arrived)
+        return decide(self.limits, rows, time.monotonic() - arrived)
 
     def _drop_expired(self) -> None:
         now, kept = time.monotonic(), []
@@ -281,6 +287,13 @@ class Batcher(Generic[R]):
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
+        def gone(_: object) -> None:
+            if all(one.answer.done() for one in batch):
+                task.cancel()  # nobody waits for it any more
+
+        for one in batch:
+            one.answer.add_done_callback(gone)
+
     async def _carried(self, batch: list[_Waiting[R]], run: Awaitable[R], began: float) -> None:
         try:
             _hand_out(batch, await run, began)
@@ -300,7 +313,9 @@ class Batcher(Generic[R]):
 
     def _failed(self, batch: list[_Waiting[R]], error: Exception) -> None:
         """Nobody's request fails for another's: each is run again alone, unless that could not help."""
-        if len(batch) == 1 or isinstance(error, DeadlineExceeded | ShardUnavailable | Unavailable):
+        is_everybodys = isinstance(error, DeadlineExceeded | ShardUnavailable)
+        is_everybodys |= isinstance(error, Overloaded) and not isinstance(error, OutOfMemory)
+        if len(batch) == 1 or is_everybodys:
             for one in batch:
                 if not one.answer.done():
                     one.answer.set_exception(error)
@@ -316,8 +331,10 @@ class Batcher(Generic[R]):
         if size == rows and len(batch) == 1:
             return batch[0].values, rows
         parts = [one.values for one in batch]
-        if size > rows:
-            parts.append({name: blank(self._ports[name], size - rows) for name in parts[0]})
+        if size > rows:  # with the last row, which an op that looks at values has no reason to refuse
+            last, at = batch[-1].values, batch[-1].rows
+            more = {name: slice_rows(value, self._ports[name], at - 1, at) for name, value in last.items()}
+            parts += [more] * (size - rows)
         return {name: join_rows([part[name] for part in parts], self._ports[name]) for name in parts[0]}, size
 
     def _count(self, rows: int) -> None:

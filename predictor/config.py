@@ -201,7 +201,7 @@ def _check_node(node: DAGNode, place: str) -> None:
     if not 0 <= node.concurrency <= 1024 or not 0 <= node.queue_size <= 1 << 20:
         found = f"{node.concurrency} and {node.queue_size}"
         raise BadConfig(f"{place} concurrency and queue_size", found, f"0 to 1024 and 0 to {1 << 20}")
-    if node.deadline_ms < 0:
+    if not node.deadline_ms >= 0:
         raise BadConfig(f"{place} deadline_ms", node.deadline_ms, "0 or more")
     if not node.concurrency and (node.executor == DAGNode.PROCESS or node.queue_size):
         raise BadConfig(f"{place} concurrency", 0, "at least 1 where there is an executor or a queue_size")
@@ -330,6 +330,8 @@ def _engine(said: EngineDesc, base: Path, place: str, flags: Flags) -> EngineSet
     directory = resolved(where, base) if where else base
     if not directory.is_dir():
         raise BadConfig(f"{place} model_dir", f"no directory {where}", f"one in {base} or {Path.cwd()}")
+    if said.callable and (idle := [n for n in ("engine", "device", "threads", "compile", "type") if getattr(said, n)]):
+        raise BadConfig(f"{place} {idle[0]}", repr(getattr(said, idle[0])), "nothing beside callable")
     if (said.inputs or said.outputs) and not said.callable:
         raise BadConfig(f"{place} inputs and outputs", "those of a program", "none: the program says them")
     if said.encrypted_model or said.enable_dist_model:

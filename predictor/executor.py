@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from cube.errors import DeadlineExceeded, Internal, Overloaded, ServingError
+from cube.errors import DeadlineExceeded, Internal, OutOfMemory, ServingError
 from predictor.ops.op import Batch, Outputs
-from predictor.rows import blank, copied, frozen, put_rows, take_rows
+from predictor.rows import blank, copied, frozen, is_frozen, put_rows, take_rows
 from predictor.workflow import Kind, Plan, Step
 
 log = logging.getLogger(__name__)
@@ -28,6 +28,7 @@ log = logging.getLogger(__name__)
 SHORT_S = 0.004
 WORTH_A_THREAD_S = 0.001  # of each of two steps of one stage, to run at once
 _NEWEST_WEIGHT = 0.2
+_CAUGHT = 2  # runs that took the event loop's time without computing, after which a step has a thread
 TIMES = 4  # of each step of a run
 
 
@@ -35,17 +36,21 @@ class RunTimes:
     """CPU seconds of runs by size class: a moving average per power of two of work. Unknown is long.
 
     CPU time, not wall time: a run in a thread that waits for the GIL would look long, and stay in a thread for ever.
+    Steps that wait (for a file, another server, a lock) take no CPU, and would stop the event loop: they are long for
+    ever once they have been caught twice.
     """
 
     def __init__(self) -> None:
         self._seconds = [math.inf] * 64
+        self._caught = 0
 
     def expected(self, work: int) -> float:
         """Of a run of so much work; infinite before there was one."""
-        return self._seconds[work.bit_length()]
+        return self._seconds[work.bit_length()] if self._caught < _CAUGHT else math.inf
 
-    def learn(self, work: int, seconds: float) -> None:
-        """Take one run into account."""
+    def learn(self, work: int, seconds: float, wall_s: float = 0.0) -> None:
+        """Take one run into account. wall_s: how long it took, where it was on the event loop."""
+        self._caught += wall_s > SHORT_S and wall_s > 4 * seconds + SHORT_S
         known = self._seconds[work.bit_length()]
         fresh = seconds if known == math.inf else known + _NEWEST_WEIGHT * (seconds - known)
         self._seconds[work.bit_length()] = fresh
@@ -99,7 +104,7 @@ class Executor:
         """
         run = Run([None] * self.plan.size, rows, work, deadline, len(self.plan.steps))
         for name, place in self._places.items():
-            run.values[place] = values[name]
+            run.values[place] = frozen(values[name])  # nobody writes to the caller's bytes, whoever passes them on
         run.began = time.monotonic_ns()
         try:
             rest = self._go(run, 0)
@@ -131,7 +136,7 @@ class Executor:
             elif segment.waits:
                 waiting = self._one(run, segment.steps[0])
             elif segment.times[0].expected(run.work) < SHORT_S:
-                segment.times[0].learn(run.work, self._compute(run, segment.steps))
+                self._here(run, segment.steps, segment.times[0])
                 waiting = None
             else:
                 waiting = self._in_thread(run, segment.steps, segment.times[0])
@@ -145,6 +150,12 @@ class Executor:
         rest = self._go(run, at)
         if rest is not None:
             await rest
+
+    def _here(self, run: Run, steps: Sequence[Step], times: RunTimes) -> None:
+        """On the event loop."""
+        began = time.monotonic()
+        seconds = self._compute(run, steps)
+        times.learn(run.work, seconds, time.monotonic() - began)
 
     def _compute(self, run: Run, steps: Sequence[Step]) -> float:
         """Run steps that do not wait; CPU seconds it took."""
@@ -181,7 +192,7 @@ class Executor:
             outputs = await (made if left_s is None else asyncio.wait_for(_as_coroutine(made), max(left_s, 0)))
         except TimeoutError as error:
             raise DeadlineExceeded(f"{_place(self.plan.name, step)}: not done within {left_s or 0:.3f} s") from error
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise _reported(self.plan.name, step, error) from error
         _end(self.plan.name, step, run, batch, outputs)
 
@@ -203,7 +214,7 @@ class Executor:
                 else:
                     here.append((step, times))
             for step, times in here:
-                times.learn(run.work, self._compute(run, (step,)))
+                self._here(run, (step,), times)
         except BaseException:
             for task in waiting:
                 task.cancel()  # type: ignore[attr-defined]  # they are all tasks
@@ -255,9 +266,14 @@ def _begin(step: Step, run: Run) -> Batch | None:
     times[at] = time.monotonic_ns()
     batch = Batch()
     batch.rows, batch.deadline = run.rows, run.deadline
+    if (own_s := step.node.deadline_s) is not None:
+        mine = times[at] / 1e9 + own_s
+        batch.deadline = mine if run.deadline is None else min(mine, run.deadline)
     if step.guard is None:
-        for name, place, is_copied, _ in step.takes:
-            batch[name] = copied(values[place]) if is_copied else values[place]
+        for name, place, is_copied, _, changes in step.takes:
+            value = values[place]
+            # What a node has passed on as it was given it is not its own, so it cannot be handed over.
+            batch[name] = copied(value) if is_copied or (changes and is_frozen(value)) else value
         times[at + 1] = time.monotonic_ns()
         return batch
     chosen = _chosen(step, run)
@@ -267,9 +283,10 @@ def _begin(step: Step, run: Run) -> Batch | None:
             values[make.place] = frozen(blank(make.port, run.rows))
         times[at] = 0
         return None
-    for name, place, is_copied, port in step.takes:
+    for name, place, is_copied, port, changes in step.takes:
         part = values[place] if not port.goes_by_rows else take_rows(values[place], port, chosen)
-        batch[name] = copied(part) if is_copied and part is values[place] else part
+        is_own = part is not values[place]
+        batch[name] = copied(part) if not is_own and (is_copied or (changes and is_frozen(part))) else part
     times[at + 1] = time.monotonic_ns()
     return batch
 
@@ -284,7 +301,7 @@ def _chosen(step: Step, run: Run) -> Any:
 def _called(workflow: str, step: Step, batch: Batch) -> Any:
     try:
         return step.node.op.run(batch)
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # an op does not end the server
         raise _reported(workflow, step, error) from error
 
 
@@ -292,9 +309,12 @@ def _end(workflow: str, step: Step, run: Run, batch: Batch, made: Any) -> None:
     """Check what an op has made, and store it."""
     at = TIMES * step.number
     run.times[at + 2] = time.monotonic_ns()
+    if (own_s := step.node.deadline_s) is not None and run.times[at + 2] - run.times[at] > own_s * 1e9:
+        took_s = (run.times[at + 2] - run.times[at]) / 1e9
+        raise DeadlineExceeded(f"{_place(workflow, step)}: took {took_s:.3f} s, at most {own_s:.3f} s are allowed")
     if not isinstance(made, Mapping) or len(made) != len(step.makes):
         raise _wrong_names(workflow, step, made)
-    for name, place, port, is_frozen in step.makes:
+    for name, place, port, freeze in step.makes:
         if name not in made:
             raise _wrong_names(workflow, step, made)
         value = made[name]
@@ -302,7 +322,7 @@ def _end(workflow: str, step: Step, run: Run, batch: Batch, made: Any) -> None:
             raise Internal(f"{_place(workflow, step)} output {name!r}: found {misfit}, expected {port}")
         if step.guard is not None and batch.rows < run.rows:
             value = put_rows(value, port, _chosen(step, run), run.rows)
-        run.values[place] = frozen(value) if is_frozen else value
+        run.values[place] = frozen(value) if freeze else value
     run.times[at + 3] = time.monotonic_ns()
 
 
@@ -312,12 +332,12 @@ def _wrong_names(workflow: str, step: Step, made: Any) -> Internal:
     return Internal(f"{_place(workflow, step)} outputs: found {found}, expected {expected}")
 
 
-def _reported(workflow: str, step: Step, error: Exception) -> Exception:
+def _reported(workflow: str, step: Step, error: Exception | SystemExit) -> Exception:
     """The error that a caller is told of; the log has a fault's trace."""
     if isinstance(error, ServingError):
         return error
     if isinstance(error, MemoryError):
-        return Overloaded(f"{_place(workflow, step)}: out of memory")
+        return OutOfMemory(f"{_place(workflow, step)}: out of memory")
     log.error("%s failed", _place(workflow, step), exc_info=error)
     return Internal(f"{_place(workflow, step)}: failed; the server's log has it")
 

@@ -12,10 +12,10 @@ from cube.keys import SIGN_RULE
 from cube.version import Version
 from predictor.engines.engine import Engine
 from predictor.engines.open import open_engine
-from predictor.ops.gather import Gather
+from predictor.ops.gather import Absent, Gather
 from predictor.ops.infer import Infer, NanPolicy
 from predictor.ops.op import Port
-from predictor.ops.pool import Pool
+from predictor.ops.pool import Mode, Pool
 from predictor.requests import Form
 from predictor.tensors import shape_text
 from predictor.workflow import Dependency, Node
@@ -65,14 +65,14 @@ class Model:
             Node("infer", Infer(self.engine, nan=nan), (Dependency("pool"),)),
         ]
 
-    def gather(self, settings: Settings) -> Gather:
+    def gather(self, settings: Settings, absent: Absent = "zeros") -> Gather:
         """The op that fetches its rows. Raises BadConfig for a model without tables."""
-        return Gather(self.lookups, self.table_versions, self._asked_cube(), settings.cube_timeout_s)
+        return Gather(self.lookups, self.table_versions, self._asked_cube(), settings.cube_timeout_s, absent)
 
-    def pool(self) -> Pool:
+    def pool(self, mode: Mode = "as trained") -> Pool:
         """The op that makes its program's inputs of rows."""
         dims = {name: dim for name, (_, dim) in self.table_versions.items()}
-        return Pool(self.lookups, dims, {t.name: t.datatype for t in self.engine.inputs})
+        return Pool(self.lookups, dims, {t.name: t.datatype for t in self.engine.inputs}, mode)
 
     def form(self, settings: Settings) -> Form:
         """What a request for it must hold."""

@@ -12,6 +12,7 @@ With S slots, slot s of sample i owns keys[offsets[S i + s] : offsets[S i + s + 
 there are no lengths: keys come as UINT64 [samples, ...]. Instead of keys there may be raw features, BYTES to sign.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -99,7 +100,7 @@ class Form:
                 made[self.lengths[name]] = frozen(np.ones((rows, port.per_row), np.int32))
         keys, features = dict(made), dict(made)
         for lookup in self.lookups:
-            shape = [rows, *_sized(_ids_shape(lookup)[1:])] if lookup.lengths is None else [rows * len(lookup.slots)]
+            shape = [rows, *_sized(_ids_shape(lookup))[1:]] if lookup.lengths is None else [rows * len(lookup.slots)]
             rest: dict[str, Any] = {}
             if lookup.lengths is not None:
                 rest[lookup.lengths] = frozen(np.ones((rows, len(lookup.slots)), np.int32))
@@ -248,8 +249,21 @@ def _sparse(inputs: Mapping[str, Any], lookup: Lookup, slots: NDArray[np.int64],
         return given if raw is None else _signed_flat(given, slots)
     if len(given.shape) != 1:
         raise BadRequest(f"input {name!r} shape", shape_text(given.shape), f"[{int(lengths.sum())}]")
+    if lookup.pooling == "none" and not lookup.lod_level:
+        _check_widths(lookup, lengths)
     bags = Ragged(given, _offsets(lengths, given.shape[0], name, lookup.lengths or ""))
     return bags if raw is None else signed(bags, slots)
+
+
+def _check_widths(lookup: Lookup, lengths: NDArray[np.int32]) -> None:
+    """The program takes as many rows of every sample, so none may have some of its neighbour's."""
+    width = math.prod(_ids_shape(lookup)[1:])
+    each = lengths.sum(axis=1)
+    expected = width if width > 0 else int(each[0]) if each.size else 0
+    if (each != expected).any():
+        wrong = int(np.flatnonzero(each != expected)[0])
+        found = f"{each[wrong]} keys in sample {wrong}"
+        raise BadRequest(f"input {lookup.lengths!r}", found, f"{expected} in every sample, as the program takes them")
 
 
 def _signed_flat(raw: Texts, slots: NDArray[np.int64]) -> NDArray[np.uint64]:

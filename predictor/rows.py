@@ -28,6 +28,15 @@ def frozen(value: Any) -> Any:
     return Texts(value.shape, *(frozen(part) for part in value[1:]))
 
 
+def is_frozen(value: Any) -> bool:
+    """Whether a part of a value cannot be written to."""
+    if type(value) is np.ndarray:
+        return not value.flags.writeable
+    if isinstance(value, Ragged):
+        return is_frozen(value.values) or is_frozen(value.offsets)
+    return any(is_frozen(part) for part in value[1:])
+
+
 def copied(value: Any) -> Any:
     """A value that may be changed without changing this one."""
     if type(value) is np.ndarray:

@@ -55,6 +55,7 @@ class Take(NamedTuple):
     place: int  # among the values of a run
     is_copied: bool
     port: Port
+    changes: bool = False  # the op may write to it
 
 
 class Make(NamedTuple):
@@ -304,7 +305,7 @@ class _Binding:
             node=node,
             number=number,
             # A value that only this step reads is handed over; a request's belongs to the caller's bytes.
-            takes=tuple(Take(n, at, rw and (self._readers[at] > 1 or at < requests), p) for n, at, rw, p in takes),
+            takes=tuple(Take(n, at, rw and (self._readers[at] > 1 or at < requests), p, rw) for n, at, rw, p in takes),
             makes=tuple(Make(n, at, p, not self._is_handed_over(at)) for n, (at, p) in makes.items()),
             guard=guard,
             guard_value=not node.when.startswith("!"),

@@ -13,7 +13,7 @@ from trainer_tools import accuracy, manifest, paddle_proof
 from trainer_tools.export_rows import CUBE_DIRECTORY
 from trainer_tools.paddle_proof import Cut
 from trainer_tools.programs import paddle
-from trainer_tools.programs.program import Candidate, chosen, decide
+from trainer_tools.programs.program import Candidate, Lookup, chosen, decide
 from trainer_tools.pruning import Difference, Options, Report, drawn
 from trainer_tools.tables import export, tables_of
 
@@ -117,7 +117,7 @@ def _lookups(cut: Cut) -> list[manifest.Lookup]:
     numbers = {ids: number for number, ids in enumerate(dict.fromkeys(lookup.ids for lookup in cut.lookups))}
     return [
         manifest.Lookup(
-            keys=lookup.ids,
+            keys=f"{lookup.ids}.keys" if lookup.ids in shapes else lookup.ids,  # ids that are read otherwise too
             text=f"{lookup.ids}.text",
             lengths=f"{lookup.ids}.lengths",
             slots=[manifest.Slot(lookup.ids, numbers[lookup.ids])],
@@ -127,10 +127,16 @@ def _lookups(cut: Cut) -> list[manifest.Lookup]:
             feed_shape=shapes[lookup.feed],
             lod_level=cut.pruned.lod_level(lookup.feed),
             arranged_from=[name for name in cut.program.ids(lookup).inputs if name != lookup.ids],
-            padding=cut.program.ids(lookup).padding,
+            padding=_padding(cut, lookup),
         )
         for lookup in cut.lookups
     ]
+
+
+def _padding(cut: Cut, lookup: Lookup) -> int | None:
+    """The key that stands for no key."""
+    row, table = cut.program.ids(lookup).padding, cut.tables.get(lookup.table)
+    return row if row is None or table is None or row >= table.keys.size else int(table.keys[row])
 
 
 def _prover(options: Options, cut: Cut) -> tuple[str | None, str]:

@@ -25,8 +25,8 @@ from trainer_tools.programs import torch_export
 from trainer_tools.programs.program import Candidate, chosen, decide
 from trainer_tools.programs.torch_export import PROGRAM_FILE, TorchProgram
 from trainer_tools.pruning import Difference, Options, Report, drawn
-from trainer_tools.tables import build_cubes, write_rows
-from trainer_tools.torch_cuts import UNSIGNED, Cut, Trained, are_row_numbers, cuts_of, read, said_of
+from trainer_tools.tables import are_row_numbers, build_cubes, write_rows
+from trainer_tools.torch_cuts import UNSIGNED, Cut, Trained, cuts_of, read, said_of
 from trainer_tools.torch_proof import Expected, Inputs, Keyed, Original
 
 _COLLECTED = 64 << 20  # bytes of a program that are worth the second that looking for it takes

@@ -39,7 +39,23 @@ def tables_of(lookups: Sequence[Lookup], vocabularies: Mapping[str, Path]) -> di
             raise BadData(f"table {parameter!r}", f"a second {name!r}", "parameters whose names differ without '/'")
         keys = np.arange(count, dtype=np.uint64)
         tables[parameter] = Table(name, read_vocabulary(vocabularies[parameter]) if vocabularies else keys)
+    first: dict[str, str] = {}
+    for lookup in lookups:
+        other = first.setdefault(lookup.ids, lookup.table)
+        if lookup.rows is not None and other in tables and not same_keys(tables[lookup.table].keys, tables[other].keys):
+            found = f"another than that of {other!r}, which is read by the same ids"
+            raise BadData(f"--vocabulary {lookup.table}", found, "one for both: a request has one key for an id")
     return tables
+
+
+def are_row_numbers(keys: NDArray[np.uint64]) -> bool:
+    """Whether keys are row numbers."""
+    return bool(np.array_equal(keys, np.arange(keys.size, dtype=np.uint64)))
+
+
+def same_keys(one: NDArray[np.uint64], other: NDArray[np.uint64]) -> bool:
+    """Whether ids mean the same keys in both, of which one may have more."""
+    return one is other or np.array_equal(one, other) or (are_row_numbers(one) and are_row_numbers(other))
 
 
 def export(

@@ -17,7 +17,7 @@ from trainer_tools.programs import torch_export
 from trainer_tools.programs.program import Lookup
 from trainer_tools.programs.torch_export import TorchProgram
 from trainer_tools.programs.torch_lookups import TorchLookup
-from trainer_tools.tables import Table, tables_of
+from trainer_tools.tables import Table, same_keys, tables_of
 
 UNSIGNED = "none"  # of a manifest and a signature: keys are the program's own ids
 
@@ -146,7 +146,7 @@ def _check(trained: Trained, cut: Cut, cuts: Sequence[Cut]) -> None:
     """Raise BadData for a lookup that does not fit with the others, or with the program."""
     place = f"lookup {cut.found.name}"
     for other in cuts:
-        if cut.found.ids == other.found.ids and not _same(cut.table.keys, other.table.keys):
+        if cut.found.ids == other.found.ids and not same_keys(cut.table.keys, other.table.keys):
             found = f"another than that of {other.found.name}, which reads the same ids"
             raise BadData(f"{place} vocabulary", found, "one for both: a request has one key for an id")
     padding = cut.found.padding
@@ -163,13 +163,3 @@ def _check(trained: Trained, cut: Cut, cuts: Sequence[Cut]) -> None:
             raise BadData(f"{place} slots", slots, f"1, or {last} as ids have columns")
     elif (bags := torch_proof.slots_of(trained.program, cut.found)) not in (None, slots):
         raise BadData(f"{place} slots", slots, f"{bags} in signature.json: the program reads as many bags a sample")
-
-
-def _same(one: NDArray[np.uint64], other: NDArray[np.uint64]) -> bool:
-    """Whether ids mean the same keys in both, of which one may have more."""
-    return one is other or np.array_equal(one, other) or (are_row_numbers(one) and are_row_numbers(other))
-
-
-def are_row_numbers(keys: NDArray[np.uint64]) -> bool:
-    """Whether keys are row numbers."""
-    return bool(np.array_equal(keys, np.arange(keys.size, dtype=np.uint64)))

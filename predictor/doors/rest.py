@@ -10,17 +10,20 @@ Raw tensors are the protocol's binary extension: the header inference-header-con
 an input with parameters.binary_data_size has that many bytes after it, in the order of the inputs. Outputs come raw
 where parameters.binary_data, or binary_data_output of the whole request, asks for it. It is several times cheaper.
 
-In JSON integers are exact at any size, and a NaN or an infinity of an output is null.
+In JSON integers are exact at any size, and a NaN or an infinity of an output is null. A deadline is the protocol's
+parameter `timeout`, in microseconds, or the header timeout-ms.
 """
 
 import asyncio
 import importlib.metadata
+import math
+import time
 from collections.abc import Awaitable
 from typing import Any
 
 import msgspec
 
-from cube.errors import BadRequest, Unimplemented
+from cube.errors import BadRequest, DeadlineExceeded, Unimplemented
 from cube.rpc.calls import Buffer, Call
 from cube.rpc.router import HttpError, Request, Response, Router
 from predictor.doors import json_numbers
@@ -117,9 +120,10 @@ class RestDoor:
             _refuse_what_is_not_here(asked)
             inputs, priority = _inputs(asked, raw), _priority(asked)
         wanted = [output.name for output in asked.outputs]
-        answer = service.infer(inputs, wanted, _call(request), priority)
+        call = _call(request, asked.parameters.get("timeout"))
+        answer = service.infer(inputs, wanted, call, priority)
         if not isinstance(answer, Answer):
-            return _later(asked, answer)
+            return _later(asked, _within(call, answer))
         return _later(asked, _there(answer)) if _is_long(answer) else _reply(asked, answer)
 
     # ---- the ancestor's ----
@@ -128,9 +132,10 @@ class RestDoor:
         service = self._asked(request)
         with service.counts.reading:
             inputs = _of_instances(service, request)
-        answer = service.infer(inputs, (), _call(request))
+        call = _call(request)
+        answer = service.infer(inputs, (), call)
         if not isinstance(answer, Answer):
-            return _predictions_later(answer)
+            return _predictions_later(_within(call, answer))
         return _predictions_later(_there(answer)) if _is_long(answer) else _predictions(answer)
 
     async def _debug(self, request: Request) -> Response:
@@ -142,8 +147,35 @@ class RestDoor:
         return _json({"service": service.name, "version": service.version, "workflows": told})
 
 
-def _call(request: Request) -> Call:
-    return Call(request.path, tuple(request.headers.items()), request.deadline, request.peer)
+def _call(request: Request, timeout_us: Any = None) -> Call:
+    """timeout_us: the protocol's `timeout`; any request may say it in milliseconds in the header timeout-ms."""
+    left_s = math.inf
+    if timeout_us is not None:
+        left_s = _positive("parameter 'timeout'", timeout_us, "microseconds") / 1e6
+    if (said := request.headers.get("timeout-ms")) is not None:
+        number = int(said) if said.isascii() and said.isdigit() and len(said) < 16 else said
+        left_s = min(left_s, _positive("header timeout-ms", number, "milliseconds") / 1e3)
+    deadline = request.deadline
+    if left_s < math.inf:
+        deadline = min(time.monotonic() + left_s, math.inf if deadline is None else deadline)
+    return Call(request.path, tuple(request.headers.items()), deadline, request.peer)
+
+
+def _positive(place: str, given: Any, unit: str) -> int:
+    if type(given) is not int or given < 1:
+        raise BadRequest(place, repr(given)[:50], f"a whole number of {unit}, at least 1")
+    return given
+
+
+async def _within(call: Call, answer: Awaitable[Answer]) -> Answer:
+    """Nobody is kept waiting after the deadline: there is nobody else who would end it here."""
+    if call.deadline is None:
+        return await answer
+    try:
+        async with asyncio.timeout(max(call.deadline - time.monotonic(), 0)):
+            return await answer
+    except TimeoutError as error:
+        raise DeadlineExceeded(f"{call.path}: no answer in time") from error
 
 
 # ---- what was asked ----

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from cube.errors import BadConfig, Internal, Overloaded
+from cube.errors import BadConfig, Internal, OutOfMemory
 from predictor.engines.engine import Feed
 from predictor.tensors import DTYPES, shape_text
 from trainer_tools.manifest import Tensor
@@ -49,7 +49,7 @@ class CallableEngine:
         try:
             made = self._function(*feeds)
         except MemoryError as error:
-            raise Overloaded(f"callable {self._target}: not enough memory for this request") from error
+            raise OutOfMemory(f"callable {self._target}: not enough memory for this request") from error
         arrays = list(made) if isinstance(made, tuple | list) else [made]
         if len(arrays) != len(self.outputs):
             raise Internal(f"callable {self._target}: made {len(arrays)} outputs, not {len(self.outputs)}")

@@ -25,9 +25,9 @@ class Engine(Protocol):
 
     @property
     def lod_levels(self) -> Mapping[str, int]:
-        """1 for each input that takes (values, offsets)."""
+        """1 for each input that takes (values, offsets), and each output that is such a pair."""
 
-    def run(self, feeds: Sequence[Feed]) -> list[NDArray[Any]]:
+    def run(self, feeds: Sequence[Feed]) -> list[Any]:
         """Outputs for inputs, both in the order of the lists above.
 
         Datatypes and declared shapes were checked; feeds may be read-only, and are only read. Outputs are arrays of

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import onnxruntime
 from numpy.typing import NDArray
 
-from cube.errors import BadConfig, BadData, BadRequest, Overloaded
+from cube.errors import BadConfig, BadData, BadRequest, OutOfMemory
 from predictor.engines.engine import FITTING, Feed, place_of
 from trainer_tools.manifest import Tensor
 
@@ -57,7 +57,7 @@ class OnnxEngine:
         except Exception as error:
             said = _said(error)
             if isinstance(error, MemoryError) or any(words in said for words in _OUT_OF_MEMORY):
-                raise Overloaded(f"{self._place}: not enough memory for this request") from error
+                raise OutOfMemory(f"{self._place}: not enough memory for this request") from error
             raise BadRequest(self._place, f"inputs it cannot compute with ({said})", FITTING) from error
         return made
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cube.errors import BadConfig, BadData, BadRequest, Overloaded
+from cube.errors import BadConfig, BadData, BadRequest, OutOfMemory
 from predictor.engines.engine import FITTING, Feed, place_of
 from trainer_tools.programs import paddle as paddle_programs
 
@@ -35,7 +35,8 @@ class PaddleEngine:
         if read.path != program:
             raise BadData(str(program), f"another program beside it, {read.path.name}", "one in a directory")
         self.inputs, self.outputs = read.inputs(), read.outputs()
-        self.lod_levels = {t.name: level for t in self.inputs if (level := read.lod_level(t.name))}
+        ends = (*self.inputs, *self.outputs)
+        self.lod_levels = {t.name: level for t in ends if (level := read.lod_level(t.name))}
         for tensor in (*self.inputs, *self.outputs):
             if tensor.datatype not in _DATATYPES:
                 raise BadData(f"{program} {tensor.name!r}", tensor.datatype, f"one of {', '.join(_DATATYPES)}")
@@ -47,7 +48,10 @@ class PaddleEngine:
         config = inference.Config(*map(str, (program, parameters) if parameters else (program.parent,)))
         config.disable_glog_info()
         config.set_cpu_math_library_num_threads(threads)
-        config.enable_memory_optim()
+        if self.lod_levels:
+            config.switch_ir_optim(False)  # its fused recurrences write beyond their memory where a sequence is empty
+        else:
+            config.enable_memory_optim()
         if device == "cpu":
             config.disable_gpu()
             config.disable_onednn()  # its kernels die of an empty batch (seen with 3.3.1), and small nets gain nothing
@@ -62,7 +66,7 @@ class PaddleEngine:
         self._free: deque[Any] = deque([self._first])
         self._cloning = Lock()
 
-    def run(self, feeds: Sequence[Feed]) -> list[NDArray[Any]]:
+    def run(self, feeds: Sequence[Feed]) -> list[Any]:
         """See Engine."""
         for tensor, feed in zip(self.inputs, feeds, strict=True):
             if tensor.name in self._rows:
@@ -77,13 +81,23 @@ class PaddleEngine:
                 else:
                     handle.copy_from_cpu(feed)
             predictor.run()
-            return [_made(predictor.get_output_handle(tensor.name)) for tensor in self.outputs]
+            return [self._made(t.name, predictor.get_output_handle(t.name), feeds) for t in self.outputs]
         except MemoryError as error:
-            raise Overloaded(f"{self._place}: not enough memory for this request") from error
+            raise OutOfMemory(f"{self._place}: not enough memory for this request") from error
         except (ValueError, IndexError, RuntimeError, NotImplementedError, OSError) as error:
             raise BadRequest(self._place, f"inputs it cannot compute with ({_said(error)})", FITTING) from error
         finally:
             self._free.append(predictor)
+
+    def _made(self, name: str, handle: Any, feeds: Sequence[Feed]) -> Any:
+        """An output, without what it has for rows that no sequence owns."""
+        array: NDArray[Any] = handle.copy_to_cpu()
+        lod = handle.lod()
+        if name not in self.lod_levels:
+            return array[: lod[-1][-1]] if lod else array
+        given = next(feed[1] for feed in feeds if isinstance(feed, tuple))
+        offsets = np.array(lod[-1], np.int64) if lod else given  # some ops forget them
+        return array[: offsets[-1]], offsets
 
     def close(self) -> None:
         """See Engine."""
@@ -132,13 +146,6 @@ def _padded(values: NDArray[Any], offsets: NDArray[np.int64]) -> NDArray[Any]:
     if missing <= 0:
         return values
     return np.concatenate([values, np.zeros((missing, *values.shape[1:]), values.dtype)])
-
-
-def _made(handle: Any) -> NDArray[Any]:
-    """An output, without what it has for rows that no sequence owns."""
-    array: NDArray[Any] = handle.copy_to_cpu()
-    lod = handle.lod()
-    return array[: lod[-1][-1]] if lod else array
 
 
 def _paddle_inference(place: str) -> Any:

@@ -13,7 +13,7 @@ from torch import fx
 from torch.export import ExportedProgram
 from torch.export.passes import move_to_device_pass
 
-from cube.errors import BadConfig, BadData, BadRequest, Overloaded
+from cube.errors import BadConfig, BadData, BadRequest, OutOfMemory
 from predictor.engines.engine import FITTING, Feed, place_of
 from trainer_tools.programs import torch_export
 
@@ -68,7 +68,7 @@ def refusal(error: Exception, place: str) -> Exception:
     """What torch's error in a run means to the caller; the error itself where it is no matter of the inputs."""
     said = (str(error).splitlines() or [type(error).__name__])[0][:200]
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in said:  # that has no class
-        return Overloaded(f"{place}: not enough memory for this request")
+        return OutOfMemory(f"{place}: not enough memory for this request")
     if isinstance(error, getattr(torch, "AcceleratorError", ())):  # the GPU's state is unknown from here on
         return error
     return BadRequest(place, f"inputs it cannot compute with ({said})", FITTING)

@@ -2,17 +2,19 @@
 
 import time
 from collections.abc import Awaitable, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cube.client import Answer, Ask, Cube
-from cube.errors import DeadlineExceeded
+from cube.errors import BadRequest, DeadlineExceeded
 from cube.version import Version
 from predictor.ops.op import Batch, Op, Outputs, Port, Ragged
 from predictor.requests import keys_port
 from trainer_tools.manifest import Lookup
+
+Absent = Literal["zeros", "fail"]
 
 
 class Gather(Op):
@@ -21,10 +23,19 @@ class Gather(Op):
     waits: ClassVar[bool] = True
 
     def __init__(
-        self, lookups: Sequence[Lookup], tables: Mapping[str, tuple[Version, int]], cube: Cube, timeout_s: float
+        self,
+        lookups: Sequence[Lookup],
+        tables: Mapping[str, tuple[Version, int]],
+        cube: Cube,
+        timeout_s: float,
+        absent: Absent = "zeros",
     ):
-        """tables: version and dim of each. timeout_s: longest wait, where the caller set no deadline."""
+        """tables: version and dim of each. timeout_s: longest wait, where the caller set no deadline.
+
+        absent: what becomes of a request with a key that its table does not have: "zeros", it reads them, or "fail".
+        """
         self._lookups, self._tables, self._cube, self._timeout_s = lookups, tables, cube, timeout_s
+        self._fails = absent == "fail"
 
     def wanted(self) -> Mapping[str, Port]:
         """The keys of each lookup."""
@@ -50,6 +61,11 @@ class Gather(Op):
     def _made(self, batch: Batch, answer: Answer) -> Outputs:
         made: dict[str, Any] = {}
         for lookup, rows in zip(self._lookups, answer.tables, strict=True):
+            if self._fails and not rows.found.all():
+                key = _flat(batch[lookup.keys])[~rows.found][0]
+                count = int(np.count_nonzero(~rows.found))
+                found = f"{count} without a row, such as {key}"
+                raise BadRequest(f"input {lookup.keys!r} keys", found, f"keys that table {lookup.table!r} has")
             keys = batch[lookup.keys]
             if isinstance(keys, Ragged):
                 made[rows_of(lookup)] = Ragged(rows.rows, keys.offsets)

@@ -8,7 +8,7 @@ import numpy as np
 
 from cube.errors import BadConfig, Internal
 from predictor.engines.engine import Engine
-from predictor.ops.op import Batch, Op, Outputs, Port, Value
+from predictor.ops.op import Batch, Op, Outputs, Port, Ragged, Value
 from predictor.rows import join_rows, slice_rows
 
 NanPolicy = Literal["pass", "replace", "fail"]
@@ -29,7 +29,8 @@ class Infer(Op):
             raise BadConfig("threads and part_rows", f"{threads} and {part_rows}", "at least 0 and 1")
         self._engine, self._nan, self._part_rows = engine, nan, part_rows
         self._takes = [tensor.name for tensor in engine.inputs]
-        self._makes = {t.name: Port(t.datatype, tuple(t.shape)) for t in engine.outputs}
+        lods = engine.lod_levels
+        self._makes = {t.name: Port(t.datatype, tuple(t.shape), ragged=bool(lods.get(t.name))) for t in engine.outputs}
         self._ports: Mapping[str, Port] = {}
         self._threads = ThreadPoolExecutor(threads, "infer") if threads > 1 else None
 
@@ -56,7 +57,7 @@ class Infer(Op):
             made = self._engine.run(feeds)
         else:
             made = self._in_parts(feeds, batch.rows)
-        outputs = dict(zip(self._makes, made, strict=True))
+        outputs = {name: _ragged(value) for name, value in zip(self._makes, made, strict=True)}
         if self._nan != "pass":
             self._settle(outputs)
         return outputs
@@ -71,19 +72,26 @@ class Infer(Op):
         ports = [self._ports[name] for name in self._takes]
         cuts = [(start, min(start + self._part_rows, rows)) for start in range(0, rows, self._part_rows)]
         parts = [[slice_rows(f, p, *cut) for f, p in zip(feeds, ports, strict=True)] for cut in cuts]
-        made = list(self._threads.map(self._engine.run, parts))
+        made = [[_ragged(value) for value in part] for part in self._threads.map(self._engine.run, parts)]
         return [
             join_rows(values, port) for values, port in zip(zip(*made, strict=True), self._makes.values(), strict=True)
         ]
 
     def _settle(self, outputs: dict[str, Any]) -> None:
-        for name, value in outputs.items():
+        for name, made in outputs.items():
+            value: Any = made.values if isinstance(made, Ragged) else made
             if value.dtype.kind != "f" or np.isfinite(value).all():
                 continue
             if self._nan == "fail":
                 at = tuple(int(i) for i in np.argwhere(~np.isfinite(value))[0])
                 raise Internal(f"output {name!r}{list(at)}: found {value[at]}, expected a number")
-            outputs[name] = np.where(np.isfinite(value), value, value.dtype.type(0))
+            settled = np.where(np.isfinite(value), value, value.dtype.type(0))
+            outputs[name] = Ragged(settled, made.offsets) if isinstance(made, Ragged) else settled
+
+
+def _ragged(made: Any) -> Any:
+    """An engine's pair of values and offsets as ops have it."""
+    return Ragged(*made) if type(made) is tuple else made
 
 
 def _fits(given: Sequence[int], expected: Sequence[int]) -> bool:

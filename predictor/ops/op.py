@@ -55,10 +55,21 @@ class Port(NamedTuple):
         if self.ragged:
             if not isinstance(value, Ragged):
                 return f"{type(value).__name__}, not a Ragged"
-            if value.offsets.size != rows * self.per_row + 1:
-                return f"{value.offsets.size - 1} bags, not {rows * self.per_row}"
-            return _misfit(value.values, self.datatype, self.shape, -1)
+            return _misfit_offsets(value, rows * self.per_row) or _misfit(value.values, self.datatype, self.shape, -1)
         return _misfit(value, self.datatype, self.shape, rows * self.per_row)
+
+
+def _misfit_offsets(value: Ragged, bags: int) -> str:
+    """Kernels trust offsets, and a neighbour's values lie behind them: nothing but right ones may pass."""
+    offsets = value.offsets
+    if type(offsets) is not np.ndarray or offsets.dtype != np.int64 or offsets.ndim != 1:
+        return "offsets that are no array int64[bags + 1]"
+    if offsets.size != bags + 1:
+        return f"{offsets.size - 1} bags, not {bags}"
+    count = value.values.shape[0] if getattr(value.values, "shape", ()) else 0
+    if offsets[0] != 0 or offsets[-1] != count or (offsets[1:] < offsets[:-1]).any():
+        return f"offsets that do not rise from 0 to {count}, the number of values"
+    return ""
 
 
 def _misfit(value: Any, datatype: str, shape: tuple[int, ...], first: int) -> str:
@@ -73,6 +84,8 @@ def _misfit(value: Any, datatype: str, shape: tuple[int, ...], first: int) -> st
         return f"a {type(value).__name__}, not an array"
     elif datatype != "BYTES":
         return "BYTES"
+    elif wrong := _misfit_texts(value):
+        return wrong
     there = value.shape
     if len(there) != len(shape):
         return f"shape {shape_text(there)}"
@@ -80,6 +93,17 @@ def _misfit(value: Any, datatype: str, shape: tuple[int, ...], first: int) -> st
         wanted = first if expected < 0 and at == 0 else expected
         if wanted not in (-1, found):
             return f"shape {shape_text(there)}, not {wanted} in dimension {at}"
+    return ""
+
+
+def _misfit_texts(value: Texts) -> str:
+    """The same of texts: where each lies."""
+    count = int(np.prod(value.shape))
+    if value.starts.size != count or value.sizes.size != count:
+        return f"{value.starts.size} starts and {value.sizes.size} sizes of {count} texts"
+    starts, sizes = value.starts, value.sizes
+    if count and (starts.min() < 0 or sizes.min() < 0 or (starts + sizes).max() > value.data.size):
+        return f"texts beyond their {value.data.size} bytes"
     return ""
 
 

@@ -5,8 +5,9 @@ a mean divides the sum, as torch's embedding_bag does, so that served and traine
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -28,13 +29,17 @@ def pool(
 ) -> NDArray[np.float32]:
     """rows: float32[k, dim]; offsets: int64[bags + 1], from 0 to k, never falling. Returns float32[bags, dim].
 
-    mode: "sum", "mean" or "max"; weights: float32[k], each row is multiplied by its own.
+    mode: "sum", "mean", "max", or "sqrtn", the sum divided by the square root of its length. weights: float32[k], each
+    row is multiplied by its own before it is added: torch rounds once for both, so the last bit may differ.
     """
     out = np.empty((offsets.size - 1, rows.shape[1]), np.float32)
     if weights is not None:
         rows = rows * weights[:, None]
     if mode == "max":
         _max(np.ascontiguousarray(rows), offsets, out)
+    elif mode == "sqrtn":
+        add_up(RowFormat.F32, np.ascontiguousarray(rows).view(np.uint8), offsets, False, out)
+        out /= np.sqrt(np.maximum(np.diff(offsets), 1)).astype(np.float32)[:, None]
     else:
         add_up(RowFormat.F32, np.ascontiguousarray(rows).view(np.uint8), offsets, mode == "mean", out)
     return out
@@ -54,12 +59,26 @@ def _max(rows, offsets, out):  # type: ignore[no-untyped-def]
             out[bag, e] = largest
 
 
+Mode = Literal["as trained", "sum", "mean", "max", "sqrtn"]
+
+
 class Pool(Op):
     """Each lookup's rows as an input of the program: pooled, or as they are where the program does the rest."""
 
-    def __init__(self, lookups: Sequence[Lookup], dims: Mapping[str, int], datatypes: Mapping[str, str] | None = None):
-        """dims: elements of a row of each table. datatypes: of each feed, as the program takes it; FP32 if not said."""
+    def __init__(
+        self,
+        lookups: Sequence[Lookup],
+        dims: Mapping[str, int],
+        datatypes: Mapping[str, str] | None = None,
+        mode: Mode = "as trained",
+    ):
+        """dims: elements of a row of each table. datatypes: of each feed, as the program takes it; FP32 if not said.
+
+        mode: how bags are pooled, where the program leaves that to lookups; by default each as the manifest says.
+        """
         self._lookups, self._dims, self._datatypes = lookups, dims, dict(datatypes or {})
+        if mode != "as trained":
+            self._lookups = [k if k.pooling == "none" else _pooled(k, mode) for k in lookups]
 
     def wanted(self) -> Mapping[str, Port]:
         """Rows of each lookup, and what else its pooling goes by."""
@@ -69,7 +88,7 @@ class Pool(Op):
             wanted[rows_of(lookup)] = keys._replace(datatype="FP32", shape=(*keys.shape, self._dims[lookup.table]))
             if lookup.weights is not None:
                 wanted[lookup.weights] = weights_port(lookup)
-            if lookup.padding is not None and lookup.pooling != "none":
+            if lookup.padding is not None:
                 wanted[lookup.keys] = keys
         return wanted
 
@@ -93,6 +112,16 @@ def _feed_port(lookup: Lookup, dim: int, datatype: str) -> Port:
     return Port(datatype, tuple(lookup.feed_shape or (-1, dim)))
 
 
+def _without(rows: NDArray[np.float32], keys: NDArray[np.uint64], padding: int) -> NDArray[np.float32]:
+    """Zeros for the key that stands for none, whatever the table holds."""
+    is_padding = keys == np.uint64(padding)
+    return np.where(is_padding[..., None], np.float32(0), rows) if is_padding.any() else rows
+
+
+def _pooled(lookup: Lookup, mode: str) -> Lookup:
+    return msgspec.structs.replace(lookup, pooling=mode)
+
+
 def _of_type(fed: Any, dtype: np.dtype[Any]) -> Any:
     """A table of float16 was trained as such: its rows come back to what they were."""
     if isinstance(fed, Ragged):
@@ -102,9 +131,12 @@ def _of_type(fed: Any, dtype: np.dtype[Any]) -> Any:
 
 def _fed(lookup: Lookup, batch: Batch) -> Any:
     if lookup.lengths is None:
-        return batch[rows_of(lookup)]
+        rows = batch[rows_of(lookup)]
+        return rows if lookup.padding is None else _without(rows, batch[lookup.keys], lookup.padding)
     rows, offsets = batch[rows_of(lookup)]
     if lookup.pooling == "none":
+        if lookup.padding is not None:
+            rows = _without(rows, batch[lookup.keys].values, lookup.padding)
         if lookup.lod_level:
             return Ragged(rows, offsets)
         shape = lookup.feed_shape or [-1, rows.shape[1]]

@@ -21,10 +21,10 @@ from typing import Any, Literal, NamedTuple, Protocol, Union, get_args, get_orig
 
 from cube.errors import BadConfig, ServingError
 from predictor.models import Model, Settings
-from predictor.ops.gather import Gather
+from predictor.ops.gather import Absent, Gather
 from predictor.ops.infer import Infer, NanPolicy
 from predictor.ops.op import Op
-from predictor.ops.pool import Pool
+from predictor.ops.pool import Mode, Pool
 
 
 class Resources(Protocol):
@@ -50,12 +50,12 @@ def _infer(
     return Infer(model.engine, nan=nan, threads=threads, part_rows=part_rows)
 
 
-def _gather(model: Model, settings: Settings) -> Gather:
-    return model.gather(settings)
+def _gather(model: Model, settings: Settings, *, absent: Absent = "zeros") -> Gather:
+    return model.gather(settings, absent)
 
 
-def _pool(model: Model, settings: Settings) -> Pool:
-    return model.pool()
+def _pool(model: Model, settings: Settings, *, mode: Mode = "as trained") -> Pool:
+    return model.pool(mode)
 
 
 # Where the class of each type is; its module is imported when a node asks for it.

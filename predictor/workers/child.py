@@ -17,7 +17,7 @@ import traceback
 from collections.abc import Awaitable, Mapping
 from typing import Any
 
-from cube.errors import BadConfig, Internal, Overloaded, ServingError, to_wire
+from cube.errors import BadConfig, Internal, OutOfMemory, ServingError, to_wire
 from predictor.apart import is_waiting
 from predictor.ops.op import Batch, Op, Outputs
 from predictor.workers.messages import (
@@ -173,7 +173,7 @@ class _Worker:
         if isinstance(error, BadConfig):
             return Failed(error.wire.grpc, str(error), "", (error.place, error.found, error.expected))
         if isinstance(error, MemoryError):
-            error = Overloaded(f"{self._place}: out of memory")
+            error = OutOfMemory(f"{self._place}: out of memory")
         if isinstance(error, ServingError):
             status = to_wire(error)
             return Failed(status.code, status.message, "", None)

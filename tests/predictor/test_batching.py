@@ -8,7 +8,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cube.errors import BadConfig, BadRequest, DeadlineExceeded, Internal, Overloaded, ShardUnavailable
+from cube.errors import (
+    BadConfig,
+    BadRequest,
+    DeadlineExceeded,
+    Internal,
+    OutOfMemory,
+    Overloaded,
+    ShardUnavailable,
+    Unavailable,
+)
 from predictor.batching import Batcher, Limits, decide
 from predictor.ops.op import Port, Ragged
 
@@ -115,6 +124,7 @@ def test_decisions(limits, waiting, waited_s, decision):
     [
         {"max_rows": 0}, {"max_in_flight": 0}, {"max_delay_s": -1}, {"max_delay_s": 100}, {"preferred_rows": (3, 2)},
         {"preferred_rows": (9,), "max_rows": 8}, {"allowed_rows": (2, 4), "max_rows": 8}, {"max_waiting_rows": 0},
+        {"max_waiting_rows": 7, "max_rows": 8},
     ],
 )  # fmt: skip
 def test_limits_that_contradict_themselves(limits):
@@ -209,7 +219,7 @@ def test_batches_are_filled_up_to_allowed_sizes():
         return await asyncio.gather(asked(batcher, 5, 6, 7), asked(batcher, 1, 2), asked(batcher, 3))
 
     assert run(main()) == [[50, 60, 70], [10, 20], [30]]
-    assert runs.runs == [[5, 6, 7, 1, 2, 3, 0, 0]]
+    assert runs.runs == [[5, 6, 7, 1, 2, 3, 3, 3]]  # with a row that somebody has sent
 
 
 def test_an_oversize_request_is_split_and_joined():
@@ -263,7 +273,7 @@ def test_a_full_queue_refuses():
     runs = Runs(seconds=0.05)
 
     async def main():
-        batcher = batcher_of(runs, max_waiting_rows=3)
+        batcher = batcher_of(runs, max_waiting_rows=3, max_rows=3)
         waiting = [asyncio.ensure_future(asked(batcher, n)) for n in range(4)]
         await asyncio.sleep(0)
         with pytest.raises(Overloaded, match="workflow 'w': 3 rows are waiting, at most 3 may"):
@@ -329,15 +339,59 @@ def test_a_batch_has_the_latest_of_its_deadlines():
     assert seen == [now + 9, None]
 
 
-def test_off_means_a_run_for_each():
-    runs = Runs(0.001)
+def test_off_means_a_run_for_each_within_the_same_bounds():
+    runs = Runs(0.01)
 
     async def main():
-        batcher = batcher_of(runs, is_on=False)
-        return await asyncio.gather(*(asked(batcher, n) for n in range(4)))
+        batcher = batcher_of(runs, is_on=False, max_in_flight=2, max_waiting_rows=3, max_rows=3)
+        waiting = [asyncio.ensure_future(asked(batcher, n, priority=p)) for n, p in ((0, 0), (1, 0), (2, 5), (3, 1))]
+        await asyncio.sleep(0)
+        with pytest.raises(Overloaded):
+            await asked(batcher, *range(9))
+        assert await asyncio.gather(*waiting) == [[0], [10], [20], [30]]
+        assert await asked(batcher, *range(9)) == [10 * n for n in range(9)]  # whole
 
     run(main())
-    assert runs.runs == [[0], [1], [2], [3]]
+    assert [len(values) for values in runs.runs] == [1, 1, 1, 1, 9]
+    assert runs.most == 2
+    assert runs.runs.index([3]) < runs.runs.index([2])
+
+
+def test_a_batch_that_nobody_waits_for_is_cancelled():
+    runs = Runs(seconds=15)
+
+    async def main():
+        batcher = batcher_of(runs)
+        first = asyncio.ensure_future(asked(batcher, 0))
+        await asyncio.sleep(0.01)
+        first.cancel()
+        waiting = [asyncio.ensure_future(asked(batcher, n)) for n in (1, 2)]
+        await asyncio.sleep(0.05)
+        assert batcher.counters.in_flight == 1
+        for one in waiting:
+            one.cancel()
+        await asyncio.sleep(0.05)
+        return batcher.counters.in_flight
+
+    assert run(main()) == 0
+
+
+@pytest.mark.parametrize(
+    ("error", "runs_each"), [(Overloaded("full"), 1), (OutOfMemory("large"), 6), (Unavailable("it died"), 6)]
+)
+def test_what_is_run_again_alone(error, runs_each):
+    runs = Runs(0.001, fail_on(3, error))
+
+    async def main():
+        batcher = batcher_of(runs, max_in_flight=4)
+        # The first one does not know of the others, and runs alone.
+        made = await asyncio.gather(*(asked(batcher, n) for n in (9, *range(6))), return_exceptions=True)
+        return [type(one) for one in made[1:]]
+
+    made = run(main())
+    assert made == [type(error) if runs_each == 1 or n == 3 else list for n in range(6)]
+    assert sum(3 in values for values in runs.runs) <= 2
+    assert runs.most <= 4
 
 
 def test_a_strange_priority_is_refused():

@@ -12,6 +12,7 @@ from cube.errors import BadRequest, DeadlineExceeded, Internal, Overloaded
 from predictor import executor
 from predictor.executor import Executor, Run, RunTimes
 from predictor.ops.op import Op, Port, Ragged
+from predictor.tensors import Texts
 from predictor.workflow import Dependency, Kind, Mode, Node, plan
 
 X = Port("FP32", (-1, 2))
@@ -302,3 +303,84 @@ def test_segments():
     ]
     made = executor.segments(plan("w", nodes, {"x": X}))
     assert [(len(segment.steps), segment.waits) for segment in made] == [(2, False), (1, True), (1, False)]
+
+
+# ---- what passes unseen elsewhere ----
+
+BAGS = Port("FP32", (-1,), ragged=True)
+
+
+@pytest.mark.parametrize(
+    "offsets",
+    [
+        [0, 1, 2, 4], np.array([0.0, 1, 2, 4]), np.array([0, 1, 2, 4], np.int32), np.array([0, 1, 4]),
+        np.array([1, 1, 2, 4]), np.array([0, 1, 2, 5]), np.array([0, 1, 2, 3]), np.array([0, 3, 2, 4]),
+        np.array([0, 400_000_000, 400_000_000, 4]), np.array([[0, 1, 2, 4]]),
+    ],
+)  # fmt: skip
+def test_offsets_that_would_reach_a_neighbours_values(offsets):
+    op = Apply(lambda x: Ragged(np.zeros(4, np.float32), offsets), out=BAGS)
+    with pytest.raises(Internal, match="workflow 'w' node 'a' output 'y': found"):
+        output(executor_of([Node("a", op)]))
+
+
+@pytest.mark.parametrize(("starts", "sizes"), [([0, 1, 2], [1, 1, 9]), ([-1, 0, 0], [1, 1, 1]), ([0, 0], [1, 1])])
+def test_texts_beyond_their_bytes(starts, sizes):
+    made = Texts((3,), np.zeros(3, np.uint8), np.array(starts), np.array(sizes))
+    with pytest.raises(Internal, match="output 'y': found"):
+        output(executor_of([Node("a", Apply(lambda x: made, out=Port("BYTES")))]))
+
+
+class PassOn(Op):
+    """Makes what it was given, as it was given."""
+
+    def wanted(self):
+        return None
+
+    def bind(self, inputs):
+        return inputs
+
+    def run(self, batch):
+        return dict(batch)
+
+
+@pytest.mark.parametrize("between", [PassOn(), Apply(lambda x: x[:], makes="x")])
+def test_a_writer_behind_a_node_that_passes_values_on(between):
+    def fill(x):
+        x[:] = 7
+        return x
+
+    x = np.ones((3, 2), np.float32)
+    runner = executor_of([Node("read", between), Node("b", Apply(fill), after("read", mode=Mode.RW))])
+    np.testing.assert_array_equal(output(runner, x=x), np.full((3, 2), 7))
+    assert (x == 1).all()  # the caller's bytes
+
+
+@pytest.mark.parametrize("op", [Apply, Later])
+def test_an_op_does_not_end_the_server(op):
+    def quit_(x):
+        raise SystemExit(3)
+
+    with pytest.raises(Internal, match="workflow 'w' node 'a': failed"):
+        output(executor_of([Node("a", op(quit_))]))
+
+
+def test_a_node_that_computes_too_long():
+    def slow(x):
+        time.sleep(0.05)
+        return x
+
+    with pytest.raises(DeadlineExceeded, match=r"node 'a': took \d\.\d+ s, at most 0\.010 s are allowed"):
+        output(executor_of([Node("a", Apply(slow), deadline_s=0.01)]))
+
+
+def test_steps_that_wait_without_computing_leave_the_event_loop():
+    def wait(x):
+        time.sleep(0.03)
+        return x
+
+    node = Node("a", Apply(wait))
+    runner = executor_of([node])
+    for _ in range(5):
+        run(runner)
+    assert node.op.threads[-1].name.startswith("test-compute")

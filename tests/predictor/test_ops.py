@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from one_shard import OneShard
 
-from cube.errors import BadConfig, DeadlineExceeded, Internal
+from cube.errors import BadConfig, BadRequest, DeadlineExceeded, Internal
 from cube.version import Version
 from predictor.ops.gather import Gather, found_of, rows_of
 from predictor.ops.infer import Infer
@@ -26,6 +26,7 @@ LOOKUP = Lookup(
     pooling="mean",
     feed="pooled",
 )
+SAID = {"text": "t", "slots": [Slot("A", 1)], "table": "t", "pooling": "none", "feed": "f"}
 
 
 def batch(rows, deadline=None, **values):
@@ -60,6 +61,33 @@ def test_pooling_takes_the_largest_and_nan_wins():
     np.testing.assert_array_equal(made, np.array([[3, np.nan], [0, 0], [-5, -6]], np.float32))
 
 
+def test_pooling_by_the_square_root_of_the_length():
+    rows = np.array([[2, 4], [4, 0], [3, 3]], np.float32)
+    made = pool(rows, np.array([0, 2, 2, 3]), "sqrtn")
+    np.testing.assert_allclose(made, [[6 / 2**0.5, 4 / 2**0.5], [0, 0], [3, 3]], rtol=1e-6)
+    sums = Lookup(**SAID | {"pooling": "sum"}, keys="k", lengths="n")
+    op = Pool([sums], {"t": 2}, mode="sqrtn")
+    np.testing.assert_array_equal(op.run(batch(3, **{"f rows": ragged(rows, 2, 0, 1)}))["f"], made)
+
+
+def test_padding_reads_zeros_whatever_the_table_holds():
+    rows = np.ones((4, 2), np.float32)
+    keys = np.array([1, 9, 9, 2], np.uint64)
+    in_bags = Lookup(**SAID, keys="k", lengths="n", feed_shape=[-1, 2, 2], padding=9)
+    as_they_are = Lookup(**SAID, keys="k", lengths=None, feed_shape=[-1, 2, 2], padding=9)
+    given = {"f rows": ragged(rows, 2, 2), "k": ragged(keys, 2, 2)}
+    flat = {"f rows": rows.reshape(2, 2, 2), "k": keys.reshape(2, 2)}
+    for lookup, values in ((in_bags, given), (as_they_are, flat)):
+        made = Pool([lookup], {"t": 2}).run(batch(2, **values))["f"]
+        np.testing.assert_array_equal(made[..., 0], [[1, 0], [0, 1]])
+
+
+def test_a_missing_row_may_be_a_failure():
+    gather = Gather([LOOKUP], {"t": (Version(1), 2)}, OneShard(is_here=True), 0.5, "fail")
+    with pytest.raises(BadRequest, match="input 'keys' keys: found 1 without a row, such as 0, expected keys"):
+        gather.run(batch(1, **KEYS))
+
+
 def test_weights_multiply_rows_before_they_are_added():
     rng = np.random.default_rng(1)
     rows, weights = rng.standard_normal((6, 3), np.float32), rng.standard_normal(6, np.float32)
@@ -79,9 +107,6 @@ def test_padding_is_as_if_it_were_not_there(mode):
     values = {"f rows": ragged(rows, 2, 2, 1), "k": ragged(keys, 2, 2, 1)}
     made = Pool([lookup], {"t": 2}).run(batch(3, **values))["f"]
     np.testing.assert_array_equal(made, [[2, 3], [6, 7], [0, 0]])
-
-
-SAID = {"text": "t", "slots": [Slot("A", 1)], "table": "t", "pooling": "none", "feed": "f"}
 
 
 @pytest.mark.parametrize("datatype", ["FP32", "FP16"])

@@ -517,7 +517,8 @@ def test_the_end_closes_ops_fails_what_runs_and_leaves_nothing(loop, tmp_path):
     assert int(left.read_text()) in pids
     del found
     gc.collect()
-    assert (children(), sorted(os.listdir(SHARED)), set(os.listdir("/proc/self/fd"))) == before
+    assert (children(), sorted(os.listdir(SHARED))) == before[:2]
+    assert set(os.listdir("/proc/self/fd")) <= before[2]  # what others have left may have been collected meanwhile
 
 
 def test_memory_that_there_is_not_is_a_matter_of_load():

@@ -74,6 +74,21 @@ class DeepFm(torch.nn.Module):
         return {"y": (self.first(ids).sum(1) + second + x.sum(1, keepdim=True)).sigmoid()}
 
 
+class Tagger(torch.nn.Module):
+    """Two tables, sequences whose length varies, a mask of the ids themselves, sizes taken from them."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.words, self.marks = torch.nn.Embedding(ROWS, DIM), torch.nn.Embedding(ROWS, 2)
+        self.net = torch.nn.Linear(DIM + 2, 3)
+
+    def forward(self, words, marks):
+        start = torch.ones(words.shape[0], marks.shape[1])
+        states = torch.tanh(self.net(torch.cat([self.words(words), self.marks(marks)], -1))).cumsum(1)
+        return {"y": ((states.sum(-1) + start) * (words != 0)).sum(1, keepdim=True)}
+
+
 def exported(directory, model, *example):
     """The program in a directory of its own, samples and keys varying."""
     directory.mkdir()
@@ -140,6 +155,24 @@ def test_a_sequence_of_ids(tmp_path, dtype):
     prune(tmp_path / "m", tmp_path / "out", OPTIONS)
     facts = check(tmp_path / "out", expected, {"x": X, "ids": IDS.astype(np.uint64)})
     assert (facts["keys"], facts["keys_absent"]) == (N * L, 0)
+
+
+@pytest.mark.parametrize("length", [1, 3, 7])
+def test_sequences_of_any_length(tmp_path, length):
+    words, marks = RNG.integers(0, ROWS, (2, N, length))
+    samples, varies = Dim("samples", min=1), Dim("length", min=1)
+    example = (torch.zeros(2, 5, dtype=torch.int64), torch.ones(2, 5, dtype=torch.int64))
+    dims = ({0: samples, 1: varies}, {0: samples, 1: varies})
+    (tmp_path / "m").mkdir()
+    model = Tagger().eval()
+    torch.export.save(torch.export.export(model, example, dynamic_shapes=dims), tmp_path / "m" / "program.pt2")
+    prune(tmp_path / "m", tmp_path / "out", OPTIONS)
+    with torch.no_grad():
+        expected = model(torch.from_numpy(words), torch.from_numpy(marks))["y"].numpy()
+    request = {"words": words, "words.keys": words.astype(np.uint64), "marks": marks.astype(np.uint64)}
+    _, (whole, two) = served(tmp_path / "out", request, {name: value[2:4] for name, value in request.items()})
+    np.testing.assert_allclose(whole.outputs["y"], expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(two.outputs["y"], expected[2:4], rtol=1e-5, atol=1e-6)
 
 
 def test_two_tables_of_the_same_ids(tmp_path):

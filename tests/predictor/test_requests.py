@@ -139,6 +139,22 @@ def test_keys_without_lengths_come_in_the_shape_of_their_rows():
         form.read({"ids": np.zeros((2, 3), np.uint64), "n": np.ones((2, 1), np.int32)})
 
 
+@pytest.mark.parametrize("feed_shape", [[-1, 2, 8], [-1, -1, 8]])
+@pytest.mark.parametrize(("lengths", "is_right"), [([2, 2], True), ([3, 1], False), ([4, 0], False), ([0, 4], False)])
+def test_no_sample_has_its_neighbours_keys(feed_shape, lengths, is_right):
+    lookup = Lookup(
+        keys="k", text="t", lengths="n", slots=[Slot("k", 0)], table="t", pooling="none", feed="f",
+        feed_shape=feed_shape,
+    )  # fmt: skip
+    form = Form({}, [lookup], max_samples=9, max_keys=99, finite=True)
+    given = {"k": np.arange(4, dtype=np.uint64), "n": np.array(lengths, np.int32)[:, None]}
+    if is_right:
+        assert form.read(given).rows == 2
+    else:
+        with pytest.raises(BadRequest, match=r"input 'n': found \d keys in sample [01], expected \d in every sample"):
+            form.read(given)
+
+
 def test_weights_come_with_a_key_each():
     form = Form({}, [WEIGHTED], max_samples=9, max_keys=99, finite=True)
     good = {"k": np.zeros(3, np.uint64), "n": np.array([[1], [2]], np.int32), "w": np.ones(3, np.float32)}

@@ -95,6 +95,20 @@ def test_the_server_and_its_models_say_what_they_are(http):
     assert said["versions"] == ["1"]
 
 
+@pytest.mark.parametrize(
+    ("timeout", "headers", "status"),
+    [
+        (60_000_000, {}, 200), (None, {"timeout-ms": "60000"}, 200), (1, {}, 504), (0, {}, 400), ("1", {}, 400),
+        (True, {}, 400), (None, {"timeout-ms": "-5"}, 400), (None, {"timeout-ms": "soon"}, 400),
+    ],
+)  # fmt: skip
+def test_a_request_may_say_how_long_it_waits(http, timeout, headers, status):
+    asked = {"inputs": [tensor("x", X, "FP32")], "parameters": {} if timeout is None else {"timeout": timeout}}
+    said = http.post("/v2/models/Score/infer", json=asked, headers=headers)
+    assert said.status_code == status, said.text
+    assert status == 200 or "timeout" in said.text or "deadline" in said.text
+
+
 @pytest.mark.parametrize("nested", [False, True])
 def test_json_in_and_out(http, nested):
     asked = {"id": "r7", "inputs": [tensor("x", X, "FP32", nested)], "parameters": {"priority": 1}}

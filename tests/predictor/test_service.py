@@ -87,6 +87,17 @@ def test_workflows_run_one_after_the_other_or_at_once(at_once, least, most):
     assert least <= asyncio.run(main()) < most
 
 
+def test_one_workflow_that_fails_ends_the_others():
+    class Fail(Apply):
+        async def run(self, batch):
+            raise BadRequest("x", 1, 2)
+
+    service = service_of(Slow(lambda x: x, "a"), Fail(None, "b"), at_once=True)
+    with pytest.raises(BadRequest, match="x: found 1, expected 2"):
+        infer(service, x=rows(1))
+    assert service.lanes[0].batcher.counters.in_flight == 0
+
+
 def test_two_workflows_that_make_one_output_are_refused():
     with pytest.raises(BadConfig, match="service 's' workflow 'w1' output 'y': found another workflow makes it too"):
         service_of(Apply(lambda x: x), Apply(lambda x: x))
@@ -167,6 +178,7 @@ def test_everybody_is_told_of_their_own_keys(is_here, max_rows):
         (lambda x: x - x.mean(axis=0), False),  # as a batch norm that was left in training does
         (lambda x: np.exp(x) / np.exp(x).sum(axis=0), False),  # a softmax along the wrong axis
         (lambda x: np.flip(x, axis=0).copy(), False),
+        (lambda x: np.float32(3e-5) * x / (1 + x.sum()), False),  # as small as click-through rates
     ],
 )
 def test_a_net_whose_rows_look_at_each_other_is_not_merged(function, is_merged, caplog):

@@ -1005,3 +1005,17 @@ def test_pruned_programs_run_as_they_are_written(tmp_path):
     ids = np.array([[1, 2, 3], [4, 4, 1999]])
     (got,) = session.run(None, {"e": TABLE[ids]})
     assert np.allclose(got, TABLE[ids].sum())
+
+
+def test_tables_of_the_same_ids_cannot_have_keys_of_their_own(tmp_path):
+    second = helper.make_node("Gather", ["u", "ids"], ["other"])
+    add = helper.make_node("Add", ["rows", "other"], ["y"])
+    first = helper.make_node("Gather", ["t", "ids"], ["rows"])
+    place = made(tmp_path / "m", [first, second, add], {"t": TABLE, "u": TABLE})
+    rng = np.random.default_rng(1)
+    for name in "ab":
+        np.save(tmp_path / f"{name}.npy", rng.permutation(ROWS).astype(np.uint64))
+    vocabularies = {"t": tmp_path / "a.npy", "u": tmp_path / "b.npy"}
+    with pytest.raises(BadData, match="--vocabulary u: found another than that of 't', which is read by the same ids"):
+        pruned(place, tmp_path, vocabularies=vocabularies)
+    assert pruned(place, tmp_path, vocabularies=dict.fromkeys("tu", tmp_path / "a.npy"))[0].largest_difference == 0

@@ -245,6 +245,7 @@ def _measure(graph: fx.Graph, feed: fx.Node) -> None:
     for node in [n for n in graph.nodes if op_of(n) == "sym_size" and str(n.meta["val"]) in axes]:
         with graph.inserting_before(node):
             size = graph.call_function(torch.ops.aten.sym_size.int, (feed, axes[str(node.meta["val"])]))
+        size.meta["val"] = node.meta["val"]  # the next feed is measured too
         node.replace_all_uses_with(size)
 
 
