@@ -226,6 +226,8 @@ def test_somebody_reads_while_others_wait_to_write(threads, closing):
         until(lambda: channel._link.leader is not None)
         stream = channel.stream("/t.T/Stream", b"x", SECONDS)
         hand.await_calls(2)
+        http2 = channel._link.calls.http2  # without room for it the next one waits for that, not for the socket
+        until(lambda: min(http2._window, http2._initial_window) > 40 << 20)
         large = threads.submit(channel.call, "/t.T/Large", bytes(40 << 20), SECONDS)
         hand.await_calls(3)
         until(lambda: channel._link.writer is not None)

@@ -162,7 +162,7 @@ def test_what_is_refused_before_it_runs_is_counted_too():
         told = await asyncio.gather(*waiting, return_exceptions=True)
         assert Counter(type(each).__name__ for each in told) == {"CancelledError": 1, "Overloaded": 6, "Answer": 1}
 
-    service = service_of(*chain(Later(0.05)), limits=Limits(max_waiting_rows=10))
+    service = service_of(*chain(Later(0.05)), limits=Limits(max_rows=10, max_waiting_rows=10))
     asyncio.run(main())
     codes = service.counts.totals().by_code
     assert codes == {
