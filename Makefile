@@ -24,7 +24,7 @@ check: $(VENV)/.dev  ## format, lint, types, architecture, generated code in ste
 	@$(BIN)/mypy
 	@$(BIN)/python -m pytest -q tests/test_architecture.py tests/test_generated.py
 
-bench: $(VENV)/.dev  ## WHAT=lookup|rpc|sign|serving: measure, and write benchmarks/results/
+bench: $(VENV)/.dev  ## WHAT=cube|hand_over|lookup|rpc|serving|sign: measure, and write benchmarks/results/
 	@$(BIN)/python -m benchmarks.$(WHAT)
 
 proto: $(VENV)/.dev  ## generate the pb/ modules from proto/

@@ -143,7 +143,7 @@ class Assembly:
     def _form(self, built: Sequence[Built], place: str, more: Mapping[str, Port] | None = None) -> Form:
         """What a request of a service must hold: what any of its workflows takes, and more."""
         ports: dict[str, Port] = dict(more or {})
-        lookups: dict[str, Lookup] = {}
+        lookups: dict[tuple[str, str], Lookup] = {}  # by keys and feed: several may be of the same keys
         lengths: dict[str, str] = {}
         for each in built:
             for name, port in each.plan.request.items():
@@ -151,9 +151,9 @@ class Assembly:
                     raise BadConfig(
                         f"{place} input {name!r}", f"{ports[name]}, and {port}", "the same in all workflows"
                     )
-            lookups |= {lookup.keys: lookup for lookup in each.lookups}
+            lookups |= {(lookup.keys, lookup.feed): lookup for lookup in each.lookups}
             lengths |= each.lengths
-        of_lookups = set(lookups) | {lookup.weights for lookup in lookups.values()}
+        of_lookups = {name for lookup in lookups.values() for name in (lookup.keys, lookup.weights)}
         return Form(
             {name: port for name, port in ports.items() if name not in of_lookups},
             list(lookups.values()),
@@ -170,7 +170,7 @@ class Assembly:
         nodes = [made for node in said.nodes for made in self._nodes(node, f"{file} {place}", resources)]
         declared = _declared(said, f"{file} {place}")
         used = tuple(resources.used.values())
-        lookups = tuple({lookup.keys: lookup for model in used for lookup in model.lookups}.values())
+        lookups = tuple({(k.keys, k.feed): k for model in used for k in model.lookups}.values())
         of_lookups = {lookup.keys for lookup in lookups} | {lookup.weights or "" for lookup in lookups}
         try:
             request = request_ports(place, nodes, declared, of_lookups)

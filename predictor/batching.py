@@ -326,7 +326,7 @@ class Batcher(Generic[R]):
             self._enqueue(one)
 
     def _merged(self, batch: list[_Waiting[R]], rows: int) -> tuple[Mapping[str, Any], int]:
-        """One request's values for all of a batch, and how many rows they have, blank ones included."""
+        """One request's values for all of a batch, and how many rows they have, with those that fill it up."""
         size = next((size for size in self.limits.allowed_rows if size >= rows), rows)
         if size == rows and len(batch) == 1:
             return batch[0].values, rows
