@@ -4,6 +4,7 @@ import asyncio
 import warnings
 from collections.abc import Awaitable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AsyncExitStack
 
 import numpy as np
 import pytest
@@ -12,7 +13,9 @@ from torch.export import Dim
 
 from cube.rpc.calls import Call
 from predictor import models
+from predictor.assembly import Assembly
 from predictor.batching import Limits
+from predictor.config import load
 from predictor.executor import Executor
 from predictor.service import Lane, Service
 from predictor.workflow import plan
@@ -180,6 +183,31 @@ def test_two_tables_of_the_same_ids(tmp_path):
     prune(tmp_path / "m", tmp_path / "out", OPTIONS)
     facts = check(tmp_path / "out", expected, {"x": X, "ids": IDS.astype(np.uint64)})
     assert facts["keys"] == 2 * N * L
+
+
+def test_a_configuration_says_the_same_of_them(tmp_path):
+    exported(tmp_path / "m", DeepFm(), X, IDS)
+    prune(tmp_path / "m", tmp_path / "out", OPTIONS)
+    request = {"x": X, "ids": IDS.astype(np.uint64)}
+    _, (plain,) = served(tmp_path / "out", request)
+    (tmp_path / "service.prototxt").write_text('services { name: "s" workflows: "w" }')
+    (tmp_path / "workflow.prototxt").write_text(
+        'workflows { name: "w" nodes { name: "n" type: "GeneralDistKVInferOp" } }'
+    )
+    (tmp_path / "model_toolkit.prototxt").write_text('engines { name: "m" model_dir: "out" }')
+
+    async def main():
+        with ThreadPoolExecutor(1) as threads:
+            async with AsyncExitStack() as stack:
+                assembly = Assembly(load(tmp_path), SETTINGS, threads, Limits())
+                await assembly.load(stack)
+                (service,) = assembly.services(stack)
+                answer = service.infer(request, (), Call("/test"))
+                return await answer if isinstance(answer, Awaitable) else answer
+
+    made = asyncio.run(main())
+    np.testing.assert_array_equal(made.outputs["y"], plain.outputs["y"])
+    assert made.facts["keys"] == plain.facts["keys"] == 2 * N * L
 
 
 @pytest.mark.parametrize("mode", ["sum", "mean", "max"])
