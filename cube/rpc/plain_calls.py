@@ -36,10 +36,11 @@ class PlainCall:
         "_body", "_head", "_inflater", "_method", "_most", "_owner", "_path", "_request", "_route", "_stream", "_woken",
         "held", "task",
     )  # fmt: skip
+    deadline: float | None = None  # handlers see to it
 
     def __init__(self, owner: "ServerCalls", stream: Stream, head: Head):
         self.held = 0
-        self.task: asyncio.Task[None] | None = None
+        self.task: asyncio.Future[Any] | None = None
         self._owner, self._stream, self._head = owner, stream, head
         self._method = (head.method or b"").decode("latin-1")
         self._path, _, query = (head.path or b"").decode("latin-1").partition("?")
@@ -103,7 +104,8 @@ class PlainCall:
         if isinstance(response, Response) and not is_streamed(response):
             self._respond(response)
         else:
-            self._owner.run(self, self._later(response))
+            self.task = asyncio.get_running_loop().create_task(self._later(response))
+            self._owner.watch(self, self.task)
 
     async def _later(self, response: Response | Coroutine[Any, Any, Response]) -> None:
         if not isinstance(response, Response):

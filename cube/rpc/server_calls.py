@@ -11,6 +11,7 @@ function, runs with no task, no queue and no timer. Coroutines, streams, compres
 import asyncio
 import inspect
 import logging
+import math
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
@@ -104,7 +105,8 @@ class _Note:
 class StreamCall(Protocol):
     """What a connection needs of the call on one of its streams."""
 
-    task: asyncio.Task[None] | None
+    task: asyncio.Future[Any] | None
+    deadline: float | None
     held: int  # bytes counted as in flight
 
     def on_data(self, data: Buffer, ended: bool) -> None:
@@ -128,12 +130,11 @@ class GrpcCall(Call):
     """One gRPC call on a stream."""
 
     held = 0
-    task: asyncio.Task[None] | None = None
+    task: asyncio.Future[Any] | None = None  # of the handler that has not answered at once
     _messages: framing.Messages | None = None  # takes the body apart, where a message did not come whole
     _inbox: "_Inbox | None" = None  # of a call whose requests stream
     _request: Buffer | None = None  # the one request of any other, when the end comes after it
     _responding = False  # the head of the reply is sent
-    _timer: asyncio.TimerHandle | None = None
     _awaited: Awaitable[Reply] | None = None  # what a handler has returned, until its task begins
     _woken: asyncio.Future[None] | None = None  # for a handler that waits until it may send more
 
@@ -253,10 +254,25 @@ class GrpcCall(Call):
             return
         if isinstance(reply, _READY) or not hasattr(reply, "__await__"):
             self._reply(cast(Reply, reply))
+            return
+        self._owner.hold(self, len(message))
+        if isinstance(reply, asyncio.Future) and not isinstance(reply, asyncio.Task):  # nothing is left to run for it
+            self.task = reply
+            self._owner.watch(self, reply)
+            reply.add_done_callback(self._arrived)
         else:
-            self._owner.hold(self, len(message))
             self._awaited = cast(Awaitable[Reply], reply)
             self._run(self._unary())
+
+    def _arrived(self, future: asyncio.Future[Reply]) -> None:
+        """What a handler has promised is there."""
+        self.task = None
+        if future.cancelled():
+            self.fail(_Fault(asyncio.CancelledError()))  # not by us; the caller still waits
+        elif (error := future.exception()) is not None:
+            self.fail(error if isinstance(error, Exception) else _Fault(error))
+        else:
+            self._reply(future.result())
 
     def _start(self, requests: Any) -> None:
         """Call a handler of streams."""
@@ -272,10 +288,8 @@ class GrpcCall(Call):
             self._run(self._unary())
 
     def _run(self, work: Coroutine[Any, Any, None]) -> None:
-        self._owner.run(self, work)
-        if self.deadline is not None:
-            left = max(self.deadline - time.monotonic(), 0)
-            self._timer = asyncio.get_running_loop().call_later(left, self._expire)
+        self.task = task = asyncio.get_running_loop().create_task(work)
+        self._owner.watch(self, task)
 
     async def _unary(self) -> None:
         assert self._awaited is not None
@@ -333,7 +347,7 @@ class GrpcCall(Call):
                 buffers, size = framing.frame(reply)
                 http2.respond(stream, _REPLY, buffers, size)
                 self._owner.made += size
-                if stream.state is State.CLOSED and self._timer is None and self._owner.inside and not self.held:
+                if stream.state is State.CLOSED and self._owner.inside and not self.held:
                     stream.call = None  # the usual case: nothing is left to settle
                     return
             else:
@@ -384,9 +398,8 @@ class GrpcCall(Call):
         if self.task is not None and self.task is not asyncio.current_task():
             self.gone()
 
-    def _expire(self) -> None:
+    def expire(self) -> None:
         """The deadline has passed: the caller is told, the handler is cancelled."""
-        self._timer = None
         if self._stream.queue is not None:  # replies that wait: the status would wait behind them
             self._owner.http2.reset(self._stream, ErrorCode.CANCEL)
             self._over()
@@ -398,9 +411,6 @@ class GrpcCall(Call):
         """The reply is complete."""
         self._stream.call = None
         self._owner.dismiss(self._stream)
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
         self._owner.hold(self, 0)
         self._owner.flush()
 
@@ -408,9 +418,6 @@ class GrpcCall(Call):
         """The caller has gone: the handler is cancelled."""
         self.cancelled = True
         self._stream.call = None
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
         self._owner.hold(self, 0)
         if self.task is not None:
             self.task.cancel()
@@ -491,7 +498,9 @@ class ServerCalls:
         self.made = 0  # bytes of replies since the last take()
         self.paused = False  # the transport is full
         self._routes, self._budget, self._wake = routes, budget, wake
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks: set[asyncio.Future[Any]] = set()
+        self._alarm: asyncio.TimerHandle | None = None  # at the earliest deadline of calls whose handlers run
+        self._alarm_at = math.inf
         self._held = 0  # bytes of requests that are being received or worked on
         self._queued = 0  # bytes of replies that wait for the peer's windows, as counted in the budget
         self.inside = False  # in receive(): what is written meanwhile needs no wake
@@ -593,6 +602,8 @@ class ServerCalls:
                 stream.call.gone()
         for task in self._tasks:
             task.cancel()
+        if self._alarm is not None:
+            self._alarm.cancel()
         self.http2.abandon()
         self._account()
 
@@ -676,17 +687,37 @@ class ServerCalls:
         if stream.state is State.HALF_CLOSED_LOCAL:
             self.http2.reset(stream, ErrorCode.NO_ERROR)
 
-    def run(self, call: StreamCall, work: Coroutine[Any, Any, None]) -> None:
-        """Run a call's coroutine in a task, which `lost` and `gone` cancel."""
-        call.task = task = asyncio.get_running_loop().create_task(work)
+    def watch(self, call: StreamCall, task: asyncio.Future[Any]) -> None:
+        """A call goes on in `task`, which `lost` and `gone` cancel, and the call's deadline ends."""
         self._tasks.add(task)
         task.add_done_callback(self._finished)
+        if call.deadline is not None and call.deadline < self._alarm_at:
+            self._set_alarm(call.deadline)
 
     def flush(self) -> None:
         """Have the listener write what was made outside of receive()."""
         if not self.inside:
             self._account()
             self._wake()
+
+    # ---- deadlines ----
+
+    def _set_alarm(self, at: float) -> None:
+        """One timer for all calls: most are answered long before their deadlines, and a timer each would cost more."""
+        if self._alarm is not None:
+            self._alarm.cancel()
+        self._alarm_at = at
+        self._alarm = asyncio.get_running_loop().call_later(max(at - time.monotonic(), 0), self._ring)
+
+    def _ring(self) -> None:
+        self._alarm, self._alarm_at, now = None, math.inf, time.monotonic()
+        running = [call for s in self.http2.streams.values() if (call := s.call) is not None and call.task is not None]
+        for call in running:
+            if call.deadline is not None and call.deadline <= now:
+                call.expire()
+        later = (call.deadline for call in running if call.deadline is not None and call.deadline > now)
+        if (at := min(later, default=math.inf)) < self._alarm_at:
+            self._set_alarm(at)
 
     # ---- accounts and the end ----
 
@@ -696,9 +727,10 @@ class ServerCalls:
             if stream.call is not None:
                 stream.call.gone()
 
-    def _finished(self, task: asyncio.Task[None]) -> None:
+    def _finished(self, task: asyncio.Future[Any]) -> None:
         self._tasks.discard(task)
-        if not task.cancelled() and task.exception() is not None:  # a fault in here: handlers' errors are answers
+        if isinstance(task, asyncio.Task) and not task.cancelled() and task.exception() is not None:
+            # A fault in here: what handlers raise is answered.
             log.error("%s: a call failed", self.peer, exc_info=task.exception())
         if self._refusing:
             self._account()

@@ -156,6 +156,45 @@ def test_plain_and_coroutine_handlers_both_answer(wire):
     assert wire(handlers, work) == (b"abc", b"cba")
 
 
+def test_handlers_that_promise_an_answer_are_answered_for(wire):
+    """A future instead of a coroutine: kept, broken, called off by the handler, by the deadline, and by the caller."""
+    promised = []
+
+    def later(message, call):
+        loop = asyncio.get_running_loop()
+        promise = loop.create_future()
+        promised.append((bytes(message), promise, call))
+        if message == b"kept":
+            loop.call_later(0.01, promise.set_result, b"answer")
+        elif message == b"there":
+            promise.set_result(b"answer")
+        elif message == b"broken":
+            loop.call_later(0.01, promise.set_exception, BadRequest("here", "this", "that"))
+        elif message == b"called off":
+            loop.call_later(0.01, promise.cancel)
+        return promise
+
+    async def work(w):
+        for message in (b"kept", b"there"):
+            assert (await w.ask(M, message)).message == b"answer"
+        assert type(await error_of(w, b"broken")) is BadRequest
+        assert (await error_of(w, b"called off")).status.code == "INTERNAL"
+        assert type(await error_of(w, b"never", timeout_s=0.1)) is DeadlineExceeded
+        call = await w.client.start(M, Kind.UNARY, b"cancelled")
+        while promised[-1][0] != b"cancelled":
+            await asyncio.sleep(0.001)
+        call.cancel()
+        begin = time.monotonic()
+        while not all(promise.done() for _, promise, _ in promised):
+            await asyncio.sleep(0.001)
+            assert time.monotonic() - begin < SOON_S
+        assert [said for said, promise, _ in promised if promise.cancelled()] == [b"called off", b"never", b"cancelled"]
+        assert promised[-1][2].cancelled
+        assert (await w.ask(M, b"kept")).message == b"answer"
+
+    wire({M: later}, work)
+
+
 def test_a_stream_of_requests_arrives_in_order_and_ends(wire):
     async def join(requests, call):
         return b",".join([bytes(request) async for request in requests])
@@ -616,6 +655,43 @@ def test_a_call_that_takes_too_long_ends_at_its_deadline_at_both_ends(wire, kind
 
     wire(of_kind(kind, watched.act), work)
     assert watched.saw == [True]
+
+
+def test_calls_of_one_connection_end_each_at_its_own_deadline(wire):
+    """Whatever the order they come in: sooner and later than those before, with none, and answered meanwhile."""
+    begun, seconds = {}, [0.5, 0.2, None, 0.8, 0.2, 0.35]
+
+    async def work(w):
+        async def one(at):
+            begin = time.monotonic()
+            with pytest.raises(DeadlineExceeded):
+                await w.ask(M, b"%d" % at, timeout_s=seconds[at])
+            return time.monotonic() - begin
+
+        lasting = asyncio.create_task(w.ask(M, b"2", timeout_s=None))
+        took = await asyncio.gather(*(one(at) for at, s in enumerate(seconds) if s is not None))
+        for at, lasted_s in zip([0, 1, 3, 4, 5], took, strict=True):
+            assert seconds[at] - 0.05 < lasted_s < seconds[at] + SOON_S
+        begin = time.monotonic()
+        while len(ended) < 5 and time.monotonic() - begin < SOON_S:  # the caller's clock may be the faster one
+            await asyncio.sleep(0.001)
+        assert sorted(ended) == [0, 1, 3, 4, 5]
+        begun[2].set()
+        return (await lasting).message
+
+    ended = []
+
+    async def wait(message, call):
+        at = int(bytes(message))
+        begun[at] = asyncio.Event()
+        try:
+            await begun[at].wait()
+        except asyncio.CancelledError:
+            ended.append(at)
+            raise
+        return b"answer"
+
+    assert wire({M: wait}, work) == b"answer"
 
 
 @each_kind
