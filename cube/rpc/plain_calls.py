@@ -106,6 +106,7 @@ class PlainCall:
         else:
             self.task = asyncio.get_running_loop().create_task(self._later(response))
             self._owner.watch(self, self.task)
+            self.task.add_done_callback(self._owner.finished)
 
     async def _later(self, response: Response | Coroutine[Any, Any, Response]) -> None:
         if not isinstance(response, Response):

@@ -267,6 +267,7 @@ class GrpcCall(Call):
     def _arrived(self, future: asyncio.Future[Reply]) -> None:
         """What a handler has promised is there."""
         self.task = None
+        self._owner.finished(future)
         if future.cancelled():
             self.fail(_Fault(asyncio.CancelledError()))  # not by us; the caller still waits
         elif (error := future.exception()) is not None:
@@ -290,6 +291,7 @@ class GrpcCall(Call):
     def _run(self, work: Coroutine[Any, Any, None]) -> None:
         self.task = task = asyncio.get_running_loop().create_task(work)
         self._owner.watch(self, task)
+        task.add_done_callback(self._owner.finished)
 
     async def _unary(self) -> None:
         assert self._awaited is not None
@@ -688,11 +690,20 @@ class ServerCalls:
             self.http2.reset(stream, ErrorCode.NO_ERROR)
 
     def watch(self, call: StreamCall, task: asyncio.Future[Any]) -> None:
-        """A call goes on in `task`, which `lost` and `gone` cancel, and the call's deadline ends."""
+        """A call goes on in `task`, which `lost`, `gone` and the call's deadline cancel; `finished` is to be told."""
         self._tasks.add(task)
-        task.add_done_callback(self._finished)
         if call.deadline is not None and call.deadline < self._alarm_at:
             self._set_alarm(call.deadline)
+
+    def finished(self, task: asyncio.Future[Any]) -> None:
+        """What a call went on in has ended."""
+        self._tasks.discard(task)
+        if isinstance(task, asyncio.Task) and not task.cancelled() and task.exception() is not None:
+            # A fault in here: what handlers raise is answered.
+            log.error("%s: a call failed", self.peer, exc_info=task.exception())
+        if self._refusing:
+            self._account()
+            self._wake()
 
     def flush(self) -> None:
         """Have the listener write what was made outside of receive()."""
@@ -726,15 +737,6 @@ class ServerCalls:
             self.http2.reset(stream, ErrorCode.INTERNAL_ERROR)
             if stream.call is not None:
                 stream.call.gone()
-
-    def _finished(self, task: asyncio.Future[Any]) -> None:
-        self._tasks.discard(task)
-        if isinstance(task, asyncio.Task) and not task.cancelled() and task.exception() is not None:
-            # A fault in here: what handlers raise is answered.
-            log.error("%s: a call failed", self.peer, exc_info=task.exception())
-        if self._refusing:
-            self._account()
-            self._wake()
 
     def _account(self) -> None:
         """Replies that wait for windows count as bytes in flight."""
