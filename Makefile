@@ -6,6 +6,7 @@ BIN := $(VENV)/bin
 DATA ?=
 LINES ?= 500000
 WHAT ?= sign
+JOBS ?= auto
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .PHONY: help demo test check bench proto clean
@@ -15,8 +16,9 @@ help:  ## this list
 demo: $(VENV)/.demo  ## train, prune, build, serve and score on real processes; DATA=file for your own Criteo lines, LINES=n
 	@$(BIN)/python -m trainer_tools.demo --lines $(LINES) $(if $(DATA),--data '$(DATA)')
 
-test: $(VENV)/.dev check  ## check, then every test
-	@$(BIN)/python -m pytest
+test: $(VENV)/.dev check  ## check, then every test: JOBS=n at a time, then one by one those that need the machine alone
+	@$(BIN)/python -m pytest --numprocesses $(JOBS) --maxprocesses 8 --dist worksteal -m 'not alone'
+	@$(BIN)/python -m pytest -m alone
 
 check: $(VENV)/.dev  ## format, lint, types, architecture, generated code in step
 	@$(BIN)/ruff check .
@@ -24,7 +26,7 @@ check: $(VENV)/.dev  ## format, lint, types, architecture, generated code in ste
 	@$(BIN)/mypy
 	@$(BIN)/python -m pytest -q tests/test_architecture.py tests/test_generated.py
 
-bench: $(VENV)/.dev  ## WHAT=cube|hand_over|lookup|rpc|serving|sign: measure, and write benchmarks/results/
+bench: $(VENV)/.dev  ## WHAT=cube|hand_over|http_peers|lookup|overhead|rpc|serving|sign: measure, and write benchmarks/results/
 	@$(BIN)/python -m benchmarks.$(WHAT)
 
 proto: $(VENV)/.dev  ## generate the pb/ modules from proto/

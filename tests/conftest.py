@@ -1,6 +1,8 @@
 """What tests share: one small run of the whole path, and real processes that do not outlive a test."""
 
 import contextlib
+import fcntl
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -55,12 +57,23 @@ class Demo(NamedTuple):
 
 @pytest.fixture(scope="session")
 def demo(tmp_path_factory) -> Demo:
-    """The whole path on 4,000 generated lines: files that other tests serve and break copies of."""
-    root = tmp_path_factory.mktemp("demo")
-    command = [sys.executable, "-m", "trainer_tools.demo", "--lines", "4000", "--root", str(root)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return Demo(root, done.stdout)
+    """The whole path on 4,000 generated lines: files that other tests serve and break copies of.
+
+    Made once for all processes of a run (pytest -n): who comes second waits for it.
+    """
+    place = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        place = place.parent
+    root, output = place / "demo", place / "demo.output"
+    with (place / "demo.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not output.exists():
+            root.mkdir()
+            command = [sys.executable, "-m", "trainer_tools.demo", "--lines", "4000", "--root", str(root)]
+            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+            assert done.returncode == 0, done.stdout + done.stderr
+            output.write_text(done.stdout)
+    return Demo(root, output.read_text())
 
 
 @pytest.fixture

@@ -23,7 +23,10 @@ MAY_IMPORT = {
         "trainer_tools.manifest",
     },
     "predictor.cli": {"cube.cli", "cube.config", "cube.logs", "cube.rpc.process"},
-    "predictor.engines": {"cube.errors", "predictor.tensors", "trainer_tools.manifest", "trainer_tools.programs"},
+    "predictor.engines": {
+        "cube.errors", "predictor.named", "predictor.tensors", "trainer_tools.manifest", "trainer_tools.programs",
+    },
+    "predictor.named": {"cube.errors"},
     "predictor.client": {
         "cube.errors", "cube.rpc.calls", "cube.rpc.channel", "predictor.pb", "predictor.tensors",
         "trainer_tools.criteo",
@@ -114,6 +117,12 @@ def test_servers_of_rows_and_clients_never_load_torch(module):
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
+@pytest.mark.parametrize("module", ["cube", "cube.rpc.process", "cube.rpc.listener", "cube.rpc.blocking_channel"])
+def test_the_wire_does_not_wait_for_a_compiler_to_load(module):
+    code = f"import {module}, sys; sys.exit('numba' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
 @pytest.mark.parametrize("module", ["cube", "predictor.client", "trainer_tools"])
 def test_importing_leaves_logging_signals_and_threads_alone(module):
     code = (
@@ -132,5 +141,6 @@ def test_what_is_exported_is_what_is_listed():
     import predictor.client
 
     for package in (cube, predictor.client):
+        assert all(hasattr(package, name) for name in package.__all__)  # and what comes when it is asked for has come
         visible = {n for n, v in vars(package).items() if not n.startswith("_") and not inspect.ismodule(v)}
         assert visible == set(package.__all__)

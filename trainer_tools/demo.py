@@ -35,6 +35,7 @@ SHARDS, TEST_SHARE, SEED = 2, 0.2, 7
 MAX_SCORE_DIFFERENCE, MAX_AUC_DIFFERENCE = 1e-5, 1e-4
 READY_S = 120  # the first start after installation compiles kernels
 MARKER = ".made-by-demo"
+_ENDING = (signal.SIGINT, signal.SIGTERM)
 _LISTENING = re.compile(r"listening on (\S+),")
 
 
@@ -233,19 +234,38 @@ def started(tool: str, *args: Any) -> Iterator[str]:
 def _process(tool: str, *args: Any, stdout: int | None = None) -> Iterator[subprocess.Popen[str]]:
     """A child that does not outlive the block, whatever happens in it."""
     command = [str(Path(sys.executable).with_name(tool)), *map(str, args)]
-    process = subprocess.Popen(command, stdout=stdout, text=True, stdin=subprocess.DEVNULL)
+    process = None
     try:
+        with _uninterrupted():
+            process = subprocess.Popen(command, stdout=stdout, text=True, stdin=subprocess.DEVNULL)
         yield process
     finally:
-        if process.poll() is None:
+        if process and process.poll() is None:
             process.terminate()
             try:
                 process.wait(timeout=5)
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
-        if process.stdout:
+        if process and process.stdout:
             process.stdout.close()
+
+
+@contextlib.contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Signals that end the demo are heard after the block: a child that has just been started must be known first."""
+    if threading.current_thread() is not threading.main_thread():  # which is where signals are heard
+        yield
+        return
+    came: list[int] = []
+    before = {number: signal.signal(number, lambda number, _: came.append(number)) for number in _ENDING}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    for late in came:
+        signal.raise_signal(late)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

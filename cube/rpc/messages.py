@@ -141,7 +141,7 @@ class Large:
             return b"".join([piece.tobytes() for piece in pieces])
         token = _token(len(self.values))
         flat = [_flat(piece) for piece in pieces]
-        self.values[token] = [_varint(sum(map(len, flat))), *flat]
+        self.values[token] = [varint(sum(map(len, flat))), *flat]
         return token
 
 
@@ -232,7 +232,7 @@ class _Exchange:
         pieces += (self._view[self._kept : sized], b"")
         self._kept = at
         grown = self._walk(plan, at, end)
-        pieces[place] = size = _varint(end - at + grown)
+        pieces[place] = size = varint(end - at + grown)
         return len(size) + grown - (at - sized)
 
 
@@ -254,7 +254,8 @@ def _long_varint(message: Buffer, at: int, byte: int) -> tuple[int, int]:
     return number, at
 
 
-def _varint(number: int) -> bytes:
+def varint(number: int) -> bytes:
+    """A number, not below 0, as protobuf writes it."""
     if number < 128:
         return ONE_BYTE[number]
     out = bytearray()

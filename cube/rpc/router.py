@@ -65,6 +65,10 @@ class Headers(Mapping[str, str]):
     def __getitem__(self, name: str) -> str:
         return self._made()[name]
 
+    def get(self, name: str, default: Any = None) -> Any:
+        """As every mapping's, which asks by way of an exception: here most names that are asked for are not there."""
+        return self._made().get(name, default)
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._made())
 

@@ -38,18 +38,25 @@ async def bound_sockets(listen: str, reuse_port: bool = False) -> Bound:
     """Bind what Listener.start describes. Raises BadConfig."""
     if listen.startswith("unix:"):
         return _bound_file(listen, reuse_port)
-    host, _, port = listen.rpartition(":")
-    name = host[1:-1] if host.startswith("[") and host.endswith("]") else host
-    if not name or (":" in name and name is host) or not (port.isascii() and port.isdigit()) or int(port) > 65535:
-        raise BadConfig("listen", repr(listen), "host:port")
+    host, name, port = host_and_port(listen)
     try:
         found = await asyncio.get_running_loop().getaddrinfo(
-            name, int(port), type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+            name, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )
         sockets = _tcp_sockets(list(dict.fromkeys((info[0], info[4]) for info in found)), reuse_port)
     except (OSError, UnicodeError) as error:
         raise cannot_be_bound(listen) from error
     return Bound(f"{host}:{sockets[0].getsockname()[1]}", sockets)
+
+
+def host_and_port(listen: str) -> tuple[str, str, int]:
+    """The host as it is said, without the brackets of an IPv6 address, and the port. Raises BadConfig."""
+    host, _, port = listen.rpartition(":")
+    name = host[1:-1] if host.startswith("[") and host.endswith("]") else host
+    is_port = port.isascii() and port.isdigit() and len(port) <= 5 and int(port) <= 65535
+    if not name or (":" in name and name is host) or not is_port:
+        raise BadConfig("listen", repr(listen), "host:port")
+    return host, name, int(port)
 
 
 def cannot_be_bound(listen: str) -> BadConfig:

@@ -164,9 +164,10 @@ def test_killing_one_of_two_replicas_of_each_shard_fails_no_call(breakable):
     assert right > 100
 
 
+@pytest.mark.alone  # the slowest of many calls is timed
 def test_a_replica_that_hangs_costs_no_call(cluster):
     async def work(cube):
-        running = asyncio.ensure_future(load(cube, 3.0, timeout_s=2.0))
+        running = asyncio.ensure_future(load(cube, 4.0, timeout_s=4.0))
         await asyncio.sleep(0.5)
         cluster.signal(cluster.addresses[0][0], signal.SIGSTOP)
         return await running
@@ -177,7 +178,7 @@ def test_a_replica_that_hangs_costs_no_call(cluster):
         cluster.signal(cluster.addresses[0][0], signal.SIGCONT)
     assert errors == []
     assert right > 100
-    assert slowest < 2.0
+    assert slowest < 4.0
 
 
 def test_a_dead_shard_is_unavailable_in_time_and_the_others_rows_are_there(breakable):

@@ -11,6 +11,7 @@ from contextlib import ExitStack, contextmanager
 import pytest
 
 _READY_S = 20.0
+_TRIES = 3
 
 
 def needs_redis() -> None:
@@ -31,18 +32,27 @@ def redis_process(*options: str) -> Iterator[tuple[int, subprocess.Popen[bytes]]
     """A redis-server without persistence: its port and the process, ready to answer."""
     needs_redis()
     with tempfile.TemporaryDirectory(prefix="redis.") as home:
-        port = _free_port()
-        fixed = ["--port", str(port), "--bind", "127.0.0.1", "--dir", home, "--save", "", "--appendonly", "no"]
-        # where util-linux is new enough, the server goes even if the tests are killed
-        tied = ["setpriv", "--pdeathsig", "KILL"] if shutil.which("setpriv") else []
-        process = subprocess.Popen([*tied, "redis-server", *fixed, *options], stdout=subprocess.DEVNULL)
-        try:
-            _until(lambda: process.poll() is not None or "+" in _ping(port) or "-NOAUTH" in _ping(port), "redis-server")
-            assert process.poll() is None, f"redis-server ended with {process.returncode}"
-            yield port, process
-        finally:
-            process.kill()  # wakes and ends a stopped one, too
-            process.wait()
+        for _ in range(_TRIES):  # somebody else may have taken the port meanwhile
+            port, process = _started(home, options)
+            try:
+                if process.poll() is None:
+                    yield port, process
+                    return
+            finally:
+                process.kill()  # wakes and ends a stopped one, too
+                process.wait()
+        raise AssertionError(f"redis-server ended with {process.returncode}")
+
+
+def _started(home: str, options: tuple[str, ...]) -> tuple[int, subprocess.Popen[bytes]]:
+    """A redis-server that answers, or has ended; and the port that it was told to take."""
+    port = _free_port()
+    fixed = ["--port", str(port), "--bind", "127.0.0.1", "--dir", home, "--save", "", "--appendonly", "no"]
+    # where util-linux is new enough, the server goes even if the tests are killed
+    tied = ["setpriv", "--pdeathsig", "KILL"] if shutil.which("setpriv") else []
+    process = subprocess.Popen([*tied, "redis-server", *fixed, *options], stdout=subprocess.DEVNULL)
+    _until(lambda: process.poll() is not None or "+" in _ping(port) or "-NOAUTH" in _ping(port), "redis-server")
+    return port, process
 
 
 @contextmanager

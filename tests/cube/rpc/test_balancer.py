@@ -266,6 +266,7 @@ def test_kill_one_of_two_under_load():
 
 
 @pytest.mark.parametrize("policy", [Policy.ROUND_ROBIN, Policy.LEAST_LOADED])
+@pytest.mark.alone  # 16 callers, and the longest call is timed
 def test_stop_one_of_two_under_load(policy):
     """Its port accepts, and nothing comes: only time tells. It is asked again when it goes on."""
 
@@ -553,6 +554,7 @@ def test_overload_is_retried_once_elsewhere():
     run(work)
 
 
+@pytest.mark.alone  # a tenth of a second decides
 def test_a_deadline_is_split_between_replicas(run_each):
     async def work():
         async with serving(hangs, None) as servers, balancer_of(servers, eject_after=99) as balancer:
@@ -739,6 +741,7 @@ async def warm(balancer, calls=HEDGE_SAMPLES * 2):
         await balancer.call(ASK, b"warm", 5)
 
 
+@pytest.mark.alone  # learns how long calls take, and counts those that took longer
 def test_hedges_answer_for_calls_that_stall(run_each):
     async def work():
         count = 0  # of calls to both

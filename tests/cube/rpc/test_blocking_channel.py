@@ -339,6 +339,7 @@ def test_a_server_may_restart(threads):
     server.close()
 
 
+@pytest.mark.alone  # tenths of a second decide
 def test_each_caller_has_its_own_deadline_while_one_connects(threads):
     context = ssl.create_default_context()
     with listening() as (_, target), BlockingChannel(target, tls=context) as channel:  # it never shakes hands

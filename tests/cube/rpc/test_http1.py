@@ -354,7 +354,17 @@ def test_errors_of_handlers_are_answers_and_the_connection_goes_on(path, status,
         Response(200, headers=[("Content-Length", "1")]),
         Response(200, headers=[("transfer-encoding", "chunked")]),
     ],
-    ids=repr,
+    ids=[
+        "status-99",
+        "status-600",
+        "text-body",
+        "type-two-lines",
+        "value-two-lines",
+        "name-space",
+        "value-not-latin",
+        "length",
+        "chunked",
+    ],
 )
 @pytest.mark.parametrize("streamed", [False, True])
 def test_a_response_that_cannot_be_sent_is_an_internal_error(response, streamed, caplog):

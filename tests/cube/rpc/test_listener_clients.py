@@ -285,6 +285,7 @@ IDLE = {
 
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize(("said", "answer", "most"), IDLE.values(), ids=IDLE)
+@pytest.mark.alone  # measures memory and delays, with most of the ports that a machine has for clients
 def test_ten_thousand_idle_connections_cost_little_and_delay_nobody(many_descriptors, said, answer, most):
     with small_server() as server, contextlib.ExitStack() as opened:
         echo(server.address)

@@ -349,6 +349,7 @@ def test_unknown_groups_and_fields_stand_beside_views():
         pytest.param(b"\x53" * 1_000_000, id="groups"),
     ],
 )
+@pytest.mark.alone  # compares times of two decoders
 def test_a_million_tiny_fields_cost_little_more_than_protobuf_takes_for_them(tiny):
     spliced = Spliced(pb.LookupReply, *LIFTED[pb.LookupReply])
 
