@@ -1,24 +1,14 @@
-"""predictor-server beside a bare loop over the same nets, with batching and without, and beside other servers.
+"""predictor-server beside a bare loop over the same nets, with batching and without.
 
 A bare loop does what the predictor does to a request between its bytes and its reply. Server and bare loop have one
-core, the client the other one. The CTR-DNN takes part where `make demo` has left it. Peers take part where
-MOSEC_PYTHON and TRITON_VENV name environments that have them (benchmarks/peers/), and wrk is installed.
+core, the client the other one. The CTR-DNN takes part where `make demo` has left it.
 """
 
 import argparse
 import asyncio
-import contextlib
-import json
-import os
-import re
-import shutil
-import signal
-import socket
-import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,17 +16,17 @@ import numpy as np
 import torch
 from torch.export import Dim
 
-from benchmarks.results import keep
+from benchmarks.results import RESULTS, keep
+from benchmarks.servers import CLIENT_CORE, SERVER_CORE, on_cores, served
 from cube.client import LocalCube
 from predictor.client.inference import AsyncClient
 from predictor.engines.torch_engine import TorchEngine
 from predictor.ops.pool import pool
 from trainer_tools import criteo
 
-BIN = Path(sys.executable).parent
-SERVER_CORE, CLIENT_CORE = {0}, {(os.cpu_count() and min(1, (os.cpu_count() or 1) - 1)) or 0}
 CTR, LINES = Path("model.pruned"), Path("demo-data/test.tsv")
 BATCHES, WORDS, VOCABULARY = (1, 10, 50, 200), 100, 30_000
+CALLERS = (1, 8, 64)
 IN_FLIGHT = 2  # so that the next request waits when one is done
 Bare = Callable[[dict[str, np.ndarray]], np.ndarray]
 
@@ -125,66 +115,7 @@ def bare_ctr() -> Bare:
     return run
 
 
-# ---- servers ----
-
-
-@contextlib.contextmanager
-def on_cores(cores: set[int]) -> Iterator[None]:
-    before = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, cores)
-    try:
-        yield
-    finally:
-        os.sched_setaffinity(0, before)
-
-
-class Server:
-    """A running server, and the CPU it has used with all its children."""
-
-    def __init__(self, command: list[Any], ready: str, **more: Any):
-        with on_cores(SERVER_CORE):
-            self._process = subprocess.Popen(
-                [str(part) for part in command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                start_new_session=True, **more,
-            )  # fmt: skip
-        lines = []
-        for line in self._process.stdout or ():
-            lines.append(line)
-            if found := re.search(ready, line):
-                self.address = found[1] if found.groups() else ""
-                return
-        raise RuntimeError(f"{command[0]}: {''.join(lines)[-2000:]}")
-
-    def cpu_s(self) -> float:
-        ticks = 0
-        for stat in Path("/proc").glob("[0-9]*/stat"):
-            with contextlib.suppress(OSError):
-                fields = stat.read_text().rpartition(")")[2].split()
-                if int(fields[3]) == self._process.pid:  # its session
-                    ticks += int(fields[11]) + int(fields[12])
-        return ticks / os.sysconf("SC_CLK_TCK")
-
-    def end(self) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGTERM)
-        try:
-            self._process.wait(10)
-        except subprocess.TimeoutExpired:
-            os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait()
-
-
-@contextlib.contextmanager
-def served(*directories: Path, flags: tuple[str, ...] = ()) -> Iterator[Server]:
-    models = [part for directory in directories for part in ("--model", directory)]
-    server = Server(
-        [BIN / "predictor-server", *models, "--listen", "127.0.0.1:0", "--compute-threads", "1", *flags],
-        r"listening on ([^ ,]+),",
-    )
-    try:
-        yield server
-    finally:
-        server.end()
+# ---- asking ----
 
 
 async def asked(
@@ -219,7 +150,7 @@ def against_bare(
     name: str, model: str, directory: Path, bare: Bare, requests_of: Callable[[int], list[Any]], options: Any
 ) -> list[dict[str, Any]]:
     rows = []
-    with served(directory) as server:
+    with served("--model", directory) as server:
         for batch in BATCHES:
             requests = requests_of(batch)
             with on_cores(SERVER_CORE):
@@ -264,9 +195,9 @@ def ctr_requests(batch: int) -> list[dict[str, np.ndarray]]:
 def batching(name: str, model: str, directory: Path, requests: list[Any], options: Any) -> list[dict[str, Any]]:
     best: dict[tuple[str, int], float] = {}
     cpu: dict[tuple[str, int], float] = {}
-    with served(directory) as on, served(directory, flags=("--batching", "off")) as off:
+    with served("--model", directory) as on, served("--model", directory, "--batching", "off") as off:
         for _ in range(options.rounds):
-            for callers in (1, 8, 64):
+            for callers in CALLERS:
                 for kind, server in (("on", on), ("off", off)):
                     before = server.cpu_s()
                     with on_cores(CLIENT_CORE):
@@ -275,7 +206,7 @@ def batching(name: str, model: str, directory: Path, requests: list[Any], option
                     best[key] = max(best.get(key, 0.0), done / took)
                     cpu[key] = min(cpu.get(key, float("inf")), (server.cpu_s() - before) / done)
     rows = []
-    for callers in (1, 8, 64):
+    for callers in CALLERS:
         on_rate, off_rate = best["on", callers], best["off", callers]
         rows.append(
             {
@@ -292,121 +223,37 @@ def batching(name: str, model: str, directory: Path, requests: list[Any], option
     return rows
 
 
-# ---- peers over HTTP JSON ----
+def plot(alone: list[dict[str, Any]], merged: list[dict[str, Any]]) -> None:
+    """Both tables as benchmarks/results/serving.svg; a net has one colour."""
+    import matplotlib as mpl
 
+    mpl.use("svg")
+    from matplotlib import pyplot as plt
 
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        port: int = sock.getsockname()[1]
-        return port
+    def number(row: dict[str, Any], name: str) -> float:
+        return float(str(row[name]).replace(",", ""))
 
-
-def wrk(url: str, body: str, seconds: float) -> tuple[float, str]:
-    """Requests a second, and the 99th percentile."""
-    script = Path(__file__).parent / "peers" / "post.lua"
-    command = ["wrk", "-t1", "-c16", f"-d{max(int(seconds), 1)}s", "--latency", "-s", str(script), url, "--", body]
-    with on_cores(CLIENT_CORE):
-        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds + 60)
-    assert "Non-2xx" not in done.stdout, done.stdout
-    rate, tail = re.search(r"Requests/sec:\s+([\d.]+)", done.stdout), re.search(r"99%\s+(\S+)", done.stdout)
-    assert rate is not None, done.stdout + done.stderr
-    assert tail is not None, done.stdout
-    return float(rate[1]), tail[1]
-
-
-def peers(folder: Path, directory: Path, options: Any) -> list[dict[str, Any]]:
-    """The MLP over HTTP JSON, 16 connections."""
-    import httpx
-
-    servers: dict[str, tuple[Server, str]] = {}
-    v2 = "/v2/models/MLP/infer"
-    ours = Server(
-        [BIN / "predictor-server", "--model", directory, "--listen", "127.0.0.1:0", "--compute-threads", "1"],
-        r"listening on ([^ ,]+),",
-    )
-    servers["cube serving"] = ours, f"http://{ours.address}{v2}"
-    if python := os.environ.get("MOSEC_PYTHON"):
-        for batch in (1, 16):
-            port = free_port()
-            environment = os.environ | {"MLP": str(directory / "model.pt2"), "MOSEC_BATCH": str(batch)}
-            command = [python, Path(__file__).parent / "peers" / "mosec_mlp.py", "--address", "127.0.0.1", "--port"]
-            server = Server([*command, port], "starting the server|is starting|http service", env=environment)
-            servers[f"mosec, batches of {batch}"] = server, f"http://127.0.0.1:{port}/inference"
-    if venv := os.environ.get("TRITON_VENV"):
-        servers["tritonserver"] = triton(folder, directory, Path(venv))
-    rows: dict[str, dict[str, Any]] = {}
-    try:
-        for size in (1, 64):
-            x = inputs_of("MLP", size, 3)["x"]
-            expected = bare_net(directory)({"x": x})
-            best: dict[str, tuple[float, str, float]] = {}
-            for _ in range(options.rounds):
-                for name, (server, url) in servers.items():
-                    body = mosec_body(x) if name.startswith("mosec") else v2_body(x)
-                    answer = ready_answer(httpx, url, body)
-                    found = answer["y"] if name.startswith("mosec") else answer["outputs"][0]["data"]
-                    assert np.abs(np.array(found, np.float32).reshape(-1, 1) - expected).max() <= 1e-5, name
-                    before = server.cpu_s()
-                    rate, tail = wrk(url, body, options.seconds)
-                    cpu_s = (server.cpu_s() - before) / (rate * max(int(options.seconds), 1))
-                    if name not in best or rate > best[name][0]:
-                        best[name] = rate, tail, min(cpu_s, best[name][2] if name in best else cpu_s)
-            for name, (rate, tail, cpu_s) in best.items():
-                row = rows.setdefault(name, {"server": name})
-                row[f"{size} rows: requests/s"] = f"{rate:,.0f}"
-                row[f"{size} rows: p99"] = tail
-                row[f"{size} rows: server CPU µs"] = f"{cpu_s * 1e6:,.0f}"
-    finally:
-        for server, _ in servers.values():
-            server.end()
-    print(*rows.values(), sep="\n", flush=True)
-    return list(rows.values())
-
-
-def ready_answer(httpx: Any, url: str, body: str) -> Any:
-    for _ in range(300):
-        with contextlib.suppress(httpx.TransportError):
-            reply = httpx.post(url, content=body, headers={"content-type": "application/json"})
-            if reply.status_code == 200:
-                return reply.json()
-        time.sleep(0.1)
-    raise RuntimeError(f"no answer from {url}")
-
-
-def v2_body(x: np.ndarray) -> str:
-    return json.dumps(
-        {"inputs": [{"name": "x", "datatype": "FP32", "shape": list(x.shape), "data": x.ravel().tolist()}]}
-    )
-
-
-def mosec_body(x: np.ndarray) -> str:
-    return json.dumps({"x": x.tolist()})
-
-
-def triton(folder: Path, directory: Path, venv: Path) -> tuple[Server, str]:
-    site = next(venv.glob("lib/python*/site-packages"))
-    model = folder / "repository" / "MLP"
-    (model / "1").mkdir(parents=True)
-    shutil.copy(Path(__file__).parent / "peers" / "triton_mlp.py", model / "1" / "model.py")
-    layers = [layer for layer in Mlp().net if isinstance(layer, torch.nn.Linear)]
-    arrays = {f"w{i}": layer.weight.detach().numpy().T for i, layer in enumerate(layers)}
-    np.savez(model / "mlp.npz", **arrays, **{f"b{i}": layer.bias.detach().numpy() for i, layer in enumerate(layers)})
-    (model / "config.pbtxt").write_text(
-        'backend: "python" max_batch_size: 1024 dynamic_batching { max_queue_delay_microseconds: 500 }\n'
-        'input { name: "x" data_type: TYPE_FP32 dims: 16 } output { name: "y" data_type: TYPE_FP32 dims: 1 }\n'
-    )
-    home = site / "pytriton" / "tritonserver"
-    port = free_port()
-    environment = os.environ | {
-        "TRITON_SITE_PACKAGES": str(site),
-        "LD_LIBRARY_PATH": ":".join(map(str, (home / "external_libs", home / "lib", *site.glob("*.libs")))),
-        "PATH": f"{venv}/bin:{os.environ['PATH']}",
-    }
-    command = [home / "bin" / "tritonserver", "--model-repository", folder / "repository", "--http-port", port]
-    command += ["--backend-directory", home / "backends", "--allow-grpc=false", "--allow-metrics=false"]
-    server = Server([*command, "--http-address=127.0.0.1"], "Started HTTPService", env=environment)
-    return server, f"http://127.0.0.1:{port}/v2/models/MLP/infer"
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
+    for place, net in enumerate(dict.fromkeys(row["net"] for row in alone)):
+        colour = f"C{place}"
+        points = [row for row in alone if row["net"] == net]
+        sizes = [row["samples a request"] for row in points]
+        left.plot(sizes, [number(row, "served ÷ bare") for row in points], color=colour, marker="o", label=net)
+        points = [row for row in merged if row["net"] == net]
+        callers = [row["clients of one sample"] for row in points]
+        right.plot(
+            callers, [number(row, "batching, requests/s") for row in points], color=colour, marker="o", label=net
+        )
+        right.plot(callers, [number(row, "without") for row in points], color=colour, marker="x", linestyle="--")
+    left.axhline(1, color="grey", linewidth=0.8)
+    left.set(xscale="log", ylim=(0, None), xlabel="samples a request", ylabel="served ÷ bare, one core each")
+    right.set(xscale="log", yscale="log", xlabel="clients of one sample each", ylabel="requests a second")
+    right.set_title("batching on (dots) and off (crosses)", fontsize=10)
+    for axes, ticks in ((left, BATCHES), (right, CALLERS)):
+        axes.set_xticks(ticks, map(str, ticks))
+        axes.xaxis.minorticks_off()
+        axes.legend(fontsize=8)
+    figure.savefig(RESULTS / "serving.svg")
 
 
 def main() -> None:
@@ -432,8 +279,7 @@ def main() -> None:
             merged += batching("CTR-DNN", "ctr", CTR, ctr_requests(1), options)
         keep("serving", alone)
         keep("serving-batching", merged)
-        if shutil.which("wrk"):
-            keep("serving-http", peers(folder, folder / "MLP", options))
+        plot(alone, merged)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """mosec serving the benchmark's small MLP over HTTP JSON: {"x": [[...], ...]} → {"y": [[...], ...]}.
 
 python3 -m venv V && V/bin/pip install mosec torch==2.13.0 numpy
-MOSEC_PYTHON=V/bin/python make bench WHAT=serving
+MOSEC_PYTHON=V/bin/python make bench WHAT=http_peers
 """
 
 import os
@@ -25,7 +25,7 @@ class Mlp(Worker):
         requests = data if many else [data]
         x = torch.from_numpy(np.concatenate([np.array(request["x"], np.float32) for request in requests]))
         with torch.inference_mode():
-            y = self.net(x).numpy()
+            y = self.net(x)["y"].numpy()
         ends = np.cumsum([len(request["x"]) for request in requests])
         replies = [{"y": part.tolist()} for part in np.split(y, ends[:-1])]
         return replies if many else replies[0]

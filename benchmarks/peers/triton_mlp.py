@@ -1,7 +1,7 @@
 """model.py of tritonserver's python backend: the benchmark's small MLP in numpy, KServe v2 over HTTP JSON.
 
 python3 -m venv V && V/bin/pip install nvidia-pytriton     # Debian's python3, whose libpython its stub is built for
-TRITON_VENV=V make bench WHAT=serving
+TRITON_VENV=V make bench WHAT=http_peers
 """
 
 import os

@@ -53,7 +53,10 @@ class Example:
                 services = {made.name: made for made in assembly.services(stack)}
                 for made in services.values():
                     await assembly.warm_up(made)
-                return [await _whole(services[service].infer(request, (), Call("test"))) for request in requests]
+                return [
+                    await _whole(services[service].infer(request, (), Call("test"), then=lambda answer: answer))
+                    for request in requests
+                ]
 
         return [answer.outputs for answer in asyncio.run(ask())]
 

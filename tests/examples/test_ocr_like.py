@@ -16,12 +16,13 @@ EXAMPLE = ROOT / "examples" / "ocr_like"
 
 @pytest.mark.slow
 def test_the_answers_of_one_node_and_of_a_split_one_are_the_same():
-    command = [sys.executable, "-m", "examples.ocr_like", "--requests", "20", "--concurrency", "1"]
+    command = [sys.executable, "-m", "examples.ocr_like", "--requests", "20", "--rounds", "1", "--concurrency", "1"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)
     assert (done.returncode, done.stderr) == (0, "")
-    one, split, same = done.stdout.splitlines()
+    one, split, ratio, same = done.stdout.splitlines()
     assert one.startswith("one node: ")
     assert split.startswith("split, 1 processes: ")
+    assert ratio.startswith("ratio: ")
     assert same == "the same answers to 20 requests"
 
 

@@ -1,6 +1,0 @@
--- wrk -s post.lua URL -- BODY: posts JSON.
-function init(args)
-   wrk.method = "POST"
-   wrk.headers["Content-Type"] = "application/json"
-   wrk.body = args[1]
-end
