@@ -8,7 +8,6 @@ All are ops themselves, with the inputs and outputs of the one within.
 """
 
 import asyncio
-import inspect
 import threading
 import time
 from collections.abc import Awaitable, Mapping, Sequence
@@ -18,7 +17,7 @@ from typing import Any, ClassVar, NamedTuple, Protocol, cast, runtime_checkable
 
 from cube.errors import BadConfig, DeadlineExceeded, Internal, Overloaded, Unavailable
 from predictor.batching import Batcher, Limits, Share
-from predictor.ops.op import Batch, Op, Outputs, Port
+from predictor.ops.op import Batch, Op, Outputs, Port, names_of
 from predictor.rows import join_rows, slice_rows
 
 
@@ -39,13 +38,18 @@ class OwnThreads(Op):
         """queue_size: batches that may wait for a thread; more are refused. place: for messages. Raises BadConfig."""
         if concurrency < 1 or queue_size < 1:
             raise BadConfig(f"{place} concurrency and queue_size", f"{concurrency} and {queue_size}", "at least 1")
-        if is_waiting(op):
+        if op.is_waiting:
             raise BadConfig(f"{place} concurrency", "an op that waits rather than computes", "no threads for it")
         self.concurrency = concurrency
         self._op, self._place, self._queue_size = op, place, queue_size
         self._threads = ThreadPoolExecutor(concurrency, place)
         self._lock = threading.Lock()
         self._there = 0  # batches that wait for a thread or are in one; under the lock
+
+    @property
+    def within(self) -> Op:
+        """See Op."""
+        return self._op.within
 
     def wanted(self) -> Mapping[str, Port] | None:
         """See Op."""
@@ -114,12 +118,17 @@ class Gathered(Op):
 
     def __init__(self, op: Op, limits: Limits, *, place: str = "node"):
         """limits: max_rows are those of a mini-batch. place: for messages. Raises BadConfig."""
-        self._op = op if is_waiting(op) else OwnThreads(op, limits.max_in_flight, place=place)
+        self._op = op if op.is_waiting else OwnThreads(op, limits.max_in_flight, place=place)
         at_once = max(limits.max_in_flight, getattr(self._op, "concurrency", 1))
         self._place, self._limits = place, replace(limits, max_in_flight=at_once).checked(f"{place} batch")
         self._inputs: Mapping[str, Port] = {}
         self._outputs: Mapping[str, Port] = {}
         self._batcher: Batcher[_Made] | None = None
+
+    @property
+    def within(self) -> Op:
+        """See Op."""
+        return self._op.within
 
     def wanted(self) -> Mapping[str, Port] | None:
         """See Op."""
@@ -148,8 +157,7 @@ class Gathered(Op):
     def run(self, batch: Batch) -> Outputs | Awaitable[Outputs]:
         """See Op. Raises Overloaded, DeadlineExceeded, and what the op raises."""
         assert self._batcher is not None, "not bound"
-        shares = self._batcher.submit(batch, batch.rows, batch.rows, batch.deadline)
-        return self._put_together(shares) if isinstance(shares, list) else self._later(shares)
+        return self._batcher.submit(batch, batch.rows, batch.rows, batch.deadline, then=self._put_together)
 
     def close(self) -> None:
         """See Op."""
@@ -167,15 +175,12 @@ class Gathered(Op):
     def _checked(self, outputs: Outputs, rows: int) -> _Made:
         """Parts of what is not as long as the batch would be somebody else's."""
         if not isinstance(outputs, Mapping) or outputs.keys() != self._outputs.keys():
-            found = ", ".join(map(str, outputs)) if isinstance(outputs, Mapping) else f"a {type(outputs).__name__}"
-            raise Internal(f"{self._place} outputs: found {found or 'nothing'}, expected {', '.join(self._outputs)}")
+            expected = ", ".join(self._outputs)
+            raise Internal(f"{self._place} outputs: found {names_of(outputs)}, expected {expected}")
         for name, port in self._outputs.items():
             if misfit := port.misfit(outputs[name], rows):
                 raise Internal(f"{self._place} output {name!r}: found {misfit}, expected {port}")
         return _Made(outputs, rows)
-
-    async def _later(self, shares: Awaitable[list[Share[_Made]]]) -> Outputs:
-        return self._put_together(await shares)
 
     def _put_together(self, shares: Sequence[Share[_Made]]) -> Outputs:
         """A run's own rows of what the op has made."""
@@ -186,8 +191,3 @@ class Gathered(Op):
             name: join_rows([slice_rows(s.run.outputs[name], port, s.start, s.stop) for s in shares], port)
             for name, port in self._outputs.items()
         }
-
-
-def is_waiting(op: Op) -> bool:
-    """Whether an op's `run` returns at once and its outputs come later."""
-    return op.waits or inspect.iscoroutinefunction(op.run)

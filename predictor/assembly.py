@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from cube.config import nearest
-from cube.errors import BadConfig, BadRequest, ServingError
-from cube.rpc.calls import Call
+from cube.errors import BadConfig, ServingError
 from predictor import models
 from predictor.apart import Gathered, OwnThreads
 from predictor.batching import Limits
@@ -20,7 +19,6 @@ from predictor.config import EngineSettings, Settings, dependencies_of, kind_of,
 from predictor.config_files import resolved
 from predictor.engines.callable_engine import CallableEngine
 from predictor.engines.open import open_engine
-from predictor.engines.warm_up import recorded
 from predictor.executor import Executor
 from predictor.mapped_service import MappedService
 from predictor.models import Model
@@ -30,9 +28,10 @@ from predictor.pb.serving_config_pb2 import BatchLimits, DAGNode, InferService, 
 from predictor.processes import OwnProcesses
 from predictor.request_ports import request_ports
 from predictor.requests import Form, keys_port
-from predictor.service import Answer, Lane, Service
+from predictor.service import Lane, Service
 from predictor.tensors import DTYPES, shape_text
-from predictor.workflow import Dependency, Node, Plan, plan
+from predictor.warming import warm_up
+from predictor.workflow import Dependency, Node, Plan, Step, plan
 from trainer_tools.manifest import Lookup
 
 log = logging.getLogger(__name__)
@@ -64,9 +63,13 @@ class Assembly:
         """Load all models; `stack` closes them. Raises BadConfig, BadData, DataCorrupt, ShardUnavailable."""
         for name, settings in self._said.engines.items():
             log.info("loading %s from %s", name, settings.callable or settings.directory)
-            model = await _loaded(settings, self._shared)
-            stack.push_async_callback(model.close)
-            self._models[name] = model
+            shared = [n for n in self._models if _is_shared(settings, self._said.engines[n])]
+            if shared:
+                model = replace(self._models[shared[0]], name=name)
+            else:
+                model = await _loaded(settings, self._shared)
+                stack.push_async_callback(model.close)
+            self._models[name] = replace(model, recording=settings.warm_up or model.recording)
             log.info("engine %s: %s on %s", name, model.engine.platform, settings.device)
 
     def services(self, stack: AsyncExitStack) -> list[Service]:
@@ -76,17 +79,10 @@ class Assembly:
 
     async def warm_up(self, service: Service) -> None:
         """Run what was recorded for the models of a service, and requests of zeros. Raises what they do, BadData."""
-        for name in self._used[service.name]:
-            recording = self._said.engines[name].warm_up
-            for request in recorded(recording, service.form.tensors()) if recording is not None else []:
-                answer = service.infer(request, (), Call("warm-up"))
-                if not isinstance(answer, Answer):
-                    await answer
-        try:
-            await service.warm_up()
-        except BadRequest as error:
-            # Zeros need not suit a workflow that we know nothing of; its callers will tell.
-            log.warning("service %s: warm-up failed (%s), so its first request will be slow", service.name, error)
+        used = [self._models[name] for name in sorted(self._used[service.name])]
+        await warm_up(
+            service, used, self._threads, parts=service.services if isinstance(service, MappedService) else ()
+        )
 
     def _service(self, said: InferService, stack: AsyncExitStack) -> Service:
         place = f"{self._said.service_file} service {said.name!r}"
@@ -111,16 +107,11 @@ class Assembly:
             for model in used.values()
             for table, version in model.tables.items()
         }
+        form, lanes = self._form(built, place), [self._lane(each.plan, stack) for each in built]
+        version = said.version or (only.version if only else "1")
+        platform = only.engine.platform if only else "workflow"
         try:
-            return Service(
-                said.name,
-                said.version or (only.version if only else "1"),
-                only.engine.platform if only else "workflow",
-                self._form(built, place),
-                [self._lane(each.plan, stack) for each in built],
-                tables=tables,
-                at_once=said.parallel,
-            )
+            return Service(said.name, version, platform, form, lanes, tables=tables, at_once=said.parallel)
         except BadConfig as error:
             raise BadConfig(f"{self._said.service_file} {error.place}", error.found, error.expected) from error
 
@@ -129,16 +120,22 @@ class Assembly:
             stack.callback(step.node.op.close)
             try:
                 step.node.op.open()
+            except BadConfig as error:
+                place = self._place_of(made, step)
+                raise BadConfig(f"{place} {error.place}", error.found, error.expected) from error
             except ServingError:
                 raise
             except Exception as error:  # the op may be the user's
-                place = f"{self._said.workflow_file} workflow {made.name!r} node {step.node.name!r}"
+                place = self._place_of(made, step)
                 log.exception("%s cannot be opened", place)
                 raise BadConfig(place, f"{type(error).__name__}: {error}", "an op that opens") from error
         executor = Executor(made, self._threads)
         place = f"{self._said.workflow_file} workflow {made.name!r} batch"
         usual = in_flight_limits(self._usual, executor)
         return Lane(executor, limits_of(self._said.workflows[made.name].batch, place, usual))
+
+    def _place_of(self, made: Plan, step: Step) -> str:
+        return f"{self._said.workflow_file} workflow {made.name!r} node {step.node.name!r}"
 
     def _form(self, built: Sequence[Built], place: str, more: Mapping[str, Port] | None = None) -> Form:
         """What a request of a service must hold: what any of its workflows takes, and more."""
@@ -204,12 +201,14 @@ class Assembly:
 
     def _op(self, said: DAGNode, type: str, config: Mapping[str, Any], place: str, resources: "_Resources") -> Op:
         """type: said.type, by our own name."""
+        apart = None
+        if said.executor == DAGNode.PROCESS:
+            told = {"type": said.type, "config": dict(config), "base": str(resources.base)}
+            apart = OwnProcesses(_MADE_APART, told, said.concurrency, said.queue_size or _QUEUE, place=place)
         try:
-            if said.executor == DAGNode.PROCESS:
-                apart = {"type": said.type, "config": dict(config), "base": str(resources.base)}
-                return OwnProcesses(
-                    _MADE_APART, apart, said.concurrency, queue_size=said.queue_size or _QUEUE, place=place
-                )
+            if apart is not None:
+                apart.wanted()  # which makes the op: what its config lacks is told here, with the node
+                return apart
             if type == "infer":
                 config = {**resources.infer_config(config.get("model")), **config}
             return registry.make(said.type, config, resources)
@@ -251,7 +250,7 @@ def limits_of(said: BatchLimits, place: str, usual: Limits) -> Limits:
     """How requests become batches; raises BadConfig. usual: what is not said."""
     return Limits(
         max_rows=said.max_rows or usual.max_rows,
-        max_delay_s=said.max_delay_ms / 1e3 or usual.max_delay_s,
+        max_delay_s=said.max_delay_ms / 1e3 if said.HasField("max_delay_ms") else usual.max_delay_s,
         preferred_rows=tuple(said.preferred_rows),
         allowed_rows=tuple(said.allowed_rows),
         max_waiting_rows=said.max_waiting_rows or usual.max_waiting_rows,
@@ -293,6 +292,11 @@ def _declared(said: Workflow, place: str) -> dict[str, Port]:
     return ports
 
 
+def _is_shared(settings: EngineSettings, other: EngineSettings) -> bool:
+    """Whether one net in memory will do for two engines: all that makes a net another one is the same."""
+    return not settings.callable and settings.of_the_net() == other.of_the_net()
+
+
 async def _loaded(settings: EngineSettings, shared: models.Settings) -> Model:
     if settings.callable:
         return _called(settings)
@@ -302,6 +306,8 @@ async def _loaded(settings: EngineSettings, shared: models.Settings) -> Model:
         device=settings.device,
         threads=settings.threads,
         compile=settings.compile,
+        memory_limit_mb=settings.memory_limit_mb,
+        undecided=settings.warm_up is not None,
     )
     try:
         return replace(await models.load(settings.directory, shared, opener), name=settings.name)

@@ -9,17 +9,20 @@ import time
 from bisect import insort
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar, cast
 
 from cube.errors import BadConfig, BadRequest, DeadlineExceeded, OutOfMemory, Overloaded, ShardUnavailable
 from predictor.ops.op import Port
 from predictor.rows import join_rows, slice_rows
 
 R = TypeVar("R")  # what a run comes to
+T = TypeVar("T")  # what a request makes of its parts of runs
 Start = Callable[[Mapping[str, Any], int, int, float | None], R | Awaitable[R]]  # values, rows, work, deadline
 
 _ALONE_AFTER = 16  # batches of one request in a row, until requests are run as they come again
+_SWEEP_S = 0.05  # a full queue is not looked through more often for those who have gone
 MOST_PRIORITY = 1_000
+_YIELDS = 1_000  # to so many that came later a request yields, for each level that they are above it; then it leaves
 
 
 @dataclass(frozen=True)
@@ -88,16 +91,25 @@ class Share(NamedTuple, Generic[R]):
 
 
 class _Waiting(Generic[R]):
-    """A request that has not begun."""
+    """A request that has not begun, or a part of one."""
 
-    __slots__ = ("answer", "arrived", "deadline", "is_suspect", "number", "priority", "rows", "values", "work")
+    __slots__ = ("answer", "arrived", "deadline", "is_suspect", "order", "rows", "then", "values", "work")
 
-    def __init__(self, values: Mapping[str, Any], rows: int, work: int, deadline: float | None, priority: int):
+    def __init__(
+        self,
+        values: Mapping[str, Any],
+        rows: int,
+        work: int,
+        deadline: float | None,
+        order: int,
+        then: Callable[[list[Share[R]]], Any],
+    ):
+        """order: those of a lower one leave first."""
         self.values, self.rows, self.work, self.deadline = values, rows, work, deadline
-        self.priority, self.arrived, self.number = priority or MOST_PRIORITY, time.monotonic(), 0
+        self.order, self.arrived = order, time.monotonic()
         self.is_suspect = False  # a batch with it has failed, so it runs alone
-        self.answer: asyncio.Future[Share[R]] = asyncio.get_running_loop().create_future()
-        self.answer.add_done_callback(_look)
+        self.then = then
+        self.answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
 
 
 @dataclass
@@ -124,6 +136,7 @@ class Batcher(Generic[R]):
         self.counters = Counters()
         self._queue: list[_Waiting[R]] = []  # in the order they leave
         self._number = 0
+        self._swept_at = 0.0  # time.monotonic() when the queue was looked through last
         self._is_alone = True  # requests come one at a time
         self._ran_this_turn = False  # of the event loop
         self._singles = 0  # batches of one in a row
@@ -131,28 +144,35 @@ class Batcher(Generic[R]):
         self._tasks: set[asyncio.Task[None]] = set()
 
     def submit(
-        self, values: Mapping[str, Any], rows: int, work: int, deadline: float | None, priority: int = 0
-    ) -> "list[Share[R]] | Awaitable[list[Share[R]]]":
-        """Run a request, alone or with others; its shares, in the order of its rows.
+        self,
+        values: Mapping[str, Any],
+        rows: int,
+        work: int,
+        deadline: float | None,
+        priority: int = 0,
+        *,
+        then: Callable[[list[Share[R]]], T],
+    ) -> T | Awaitable[T]:
+        """Run a request, alone or with others; what `then` makes of its shares, in the order of its rows.
 
-        values: as the ports say, checked. priority: 1 leaves first, 0 is the last. Raises BadRequest, Overloaded,
-        DeadlineExceeded, and what the run raises.
+        values: as the ports say, checked. priority: 1 leaves first, 0 is the last. What a request waits for in company
+        is a future. Raises BadRequest, Overloaded, DeadlineExceeded, and what the run and `then` raise.
         """
         if not 0 <= priority <= MOST_PRIORITY:
             raise BadRequest(f"{self._place} priority", priority, f"0 to {MOST_PRIORITY}")
         self.counters.requests += 1
         limits = self.limits
         if limits.is_on and rows > limits.max_rows:
-            return self._in_parts(values, rows, work, deadline, priority)
+            return self._in_parts(values, rows, work, deadline, priority, then)
         waits = limits.is_on and (limits.max_delay_s or limits.allowed_rows)
         if (self._is_alone or not limits.is_on) and not waits and not self._queue:
             if not self._ran_this_turn and self.counters.in_flight < limits.max_in_flight:
                 self._ran_this_turn = True
                 asyncio.get_running_loop().call_soon(self._turn_over)
-                return self._alone(values, rows, work, deadline)
+                return self._alone(values, rows, work, deadline, then)
             self._is_alone, self._singles = False, 0
         self._admit(rows)
-        return self._shares([self._queued(values, rows, work, deadline, priority)])
+        return self._queued(values, rows, work, deadline, priority, then).answer
 
     # ---- without company ----
 
@@ -160,24 +180,37 @@ class Batcher(Generic[R]):
         self._ran_this_turn = False
 
     def _alone(
-        self, values: Mapping[str, Any], rows: int, work: int, deadline: float | None
-    ) -> "list[Share[R]] | Awaitable[list[Share[R]]]":
+        self,
+        values: Mapping[str, Any],
+        rows: int,
+        work: int,
+        deadline: float | None,
+        then: Callable[[list[Share[R]]], T],
+    ) -> T | Awaitable[T]:
         self._count(rows)
         run = self._start(values, rows, work, deadline)
-        return self._alone_later(run, rows) if isinstance(run, Awaitable) else [Share(run, 0, rows)]
+        if hasattr(run, "__await__"):
+            return self._alone_later(cast(Awaitable[R], run), rows, then)
+        return then([Share(run, 0, rows)])
 
-    async def _alone_later(self, run: Awaitable[R], rows: int) -> list[Share[R]]:
+    async def _alone_later(self, run: Awaitable[R], rows: int, then: Callable[[list[Share[R]]], T]) -> T:
         self.counters.in_flight += 1
         try:
-            return [Share(await run, 0, rows)]
+            return then([Share(await run, 0, rows)])
         finally:
             self._landed()
 
     # ---- with company ----
 
     async def _in_parts(
-        self, values: Mapping[str, Any], rows: int, work: int, deadline: float | None, priority: int
-    ) -> list[Share[R]]:
+        self,
+        values: Mapping[str, Any],
+        rows: int,
+        work: int,
+        deadline: float | None,
+        priority: int,
+        then: Callable[[list[Share[R]]], T],
+    ) -> T:
         """A request that is larger than a batch."""
         most = self.limits.max_rows
         waiting: list[_Waiting[R]] = []
@@ -185,33 +218,44 @@ class Batcher(Generic[R]):
         for start in range(0, rows, most):
             stop = min(start + most, rows)
             part = {name: slice_rows(value, self._ports[name], start, stop) for name, value in values.items()}
-            waiting.append(self._queued(part, stop - start, work * (stop - start) // rows, deadline, priority))
-        return await self._shares(waiting)
-
-    async def _shares(self, waiting: Sequence[_Waiting[R]]) -> list[Share[R]]:
+            waiting.append(self._queued(part, stop - start, work * (stop - start) // rows, deadline, priority, _only))
         try:
-            return [await one.answer for one in waiting]
+            return then([await one.answer for one in waiting])
         finally:
             for one in waiting:
-                one.answer.cancel()
+                if not one.answer.cancel() and not one.answer.cancelled():
+                    one.answer.exception()  # of no interest where another part's was raised
 
     def _admit(self, rows: int) -> None:
-        most = self.limits.max_waiting_rows
+        most, now = self.limits.max_waiting_rows, time.monotonic()
+        if self.counters.waiting_rows + rows > most and now >= self._swept_at + _SWEEP_S:
+            self._swept_at = now
+            self._queue = [one for one in self._queue if self._is_wanted(one, now)]
         if self.counters.waiting_rows + rows > most:
             self.counters.refused += 1
             raise Overloaded(f"{self._place}: {self.counters.waiting_rows} rows are waiting, at most {most} may")
 
     def _queued(
-        self, values: Mapping[str, Any], rows: int, work: int, deadline: float | None, priority: int
+        self,
+        values: Mapping[str, Any],
+        rows: int,
+        work: int,
+        deadline: float | None,
+        priority: int,
+        then: Callable[[list[Share[R]]], Any],
     ) -> _Waiting[R]:
-        one: _Waiting[R] = _Waiting(values, rows, work, deadline, priority)
         self._number += 1
-        one.number = self._number
+        order = self._number + _YIELDS * (priority or MOST_PRIORITY)
+        one: _Waiting[R] = _Waiting(values, rows, work, deadline, order, then)
         self._enqueue(one)
         return one
 
     def _enqueue(self, one: _Waiting[R]) -> None:
-        insort(self._queue, one, key=_order)
+        queue = self._queue
+        if not queue or queue[-1].order < one.order:
+            queue.append(one)  # what nearly every request does
+        else:
+            insort(queue, one, key=_order)
         self.counters.waiting_rows += one.rows
         self._dispatch_soon()
 
@@ -226,46 +270,50 @@ class Batcher(Generic[R]):
 
     def _dispatch(self) -> None:
         self._dispatching = None
-        self._drop_expired()
-        while self._queue and self.counters.in_flight < self.limits.max_in_flight:
-            if self._queue[0].is_suspect and self.counters.in_flight:
+        while self.counters.in_flight < self.limits.max_in_flight and (first := self._first()):
+            if first[0].is_suspect and self.counters.in_flight:
                 return  # alone means alone
-            count, wait_s = self._decide()
+            count, wait_s = 1, 0.0
+            if self.limits.is_on and not first[0].is_suspect:
+                waited_s = time.monotonic() - min(one.arrived for one in first)
+                count, wait_s = decide(self.limits, [one.rows for one in first], waited_s)
             if not count:
                 self._dispatch_soon(wait_s)
                 return
-            leaving, self._queue[:count] = self._queue[:count], []
+            leaving, self._queue[:count] = first[:count], []
             self.counters.waiting_rows -= sum(one.rows for one in leaving)
             self._singles = self._singles + 1 if count == 1 else 0
             self._is_alone = self._singles >= _ALONE_AFTER
             self._begin(leaving)
 
-    def _decide(self) -> tuple[int, float]:
-        """How many leave now, else for how long to wait."""
-        if self._queue[0].is_suspect or not self.limits.is_on:
-            return 1, 0.0
-        rows: list[int] = []
-        total, arrived = 0, self._queue[0].arrived
-        for one in self._queue:
-            if one.is_suspect or total > self.limits.max_rows:
-                break
-            rows.append(one.rows)
-            total, arrived = total + one.rows, min(arrived, one.arrived)
-        return decide(self.limits, rows, time.monotonic() - arrived)
+    def _first(self) -> list[_Waiting[R]]:
+        """Those at the head of the queue of whom the next batch is made; who is not wanted there any more is dropped.
 
-    def _drop_expired(self) -> None:
-        now, kept = time.monotonic(), []
+        As many as fill it and one more, or a single one where that runs alone.
+        """
+        most = self.limits.max_rows if self.limits.is_on else 0
+        first: list[_Waiting[R]] = []
+        seen, rows, now = 0, 0, time.monotonic()
         for one in self._queue:
-            if one.answer.done():  # its caller has gone
-                self.counters.expired += 1
-            elif one.deadline is not None and one.deadline <= now:
-                self.counters.expired += 1
-                one.answer.set_exception(DeadlineExceeded(f"{self._place}: the deadline passed while it was waiting"))
-            else:
-                kept.append(one)
-                continue
-            self.counters.waiting_rows -= one.rows
-        self._queue = kept
+            if first and (rows > most or one.is_suspect or first[0].is_suspect):
+                break
+            seen += 1
+            if self._is_wanted(one, now):
+                first.append(one)
+                rows += one.rows
+        if len(first) < seen:
+            self._queue[:seen] = first
+        return first
+
+    def _is_wanted(self, one: _Waiting[R], now: float) -> bool:
+        """Whether anybody waits for a request that waits here; if not, it counts as one that has left."""
+        if not one.answer.done():  # else its caller has gone
+            if one.deadline is None or one.deadline > now:
+                return True
+            one.answer.set_exception(DeadlineExceeded(f"{self._place}: the deadline passed while it was waiting"))
+        self.counters.expired += 1
+        self.counters.waiting_rows -= one.rows
+        return False
 
     def _begin(self, batch: list[_Waiting[R]]) -> None:
         rows = sum(one.rows for one in batch)
@@ -279,16 +327,20 @@ class Batcher(Generic[R]):
         except Exception as error:
             self._failed(batch, error)
             return
-        if not isinstance(run, Awaitable):
+        if not hasattr(run, "__await__"):
             _hand_out(batch, run, began)
             return
         self.counters.in_flight += 1
-        task = asyncio.get_running_loop().create_task(self._carried(batch, run, began))
+        task = asyncio.get_running_loop().create_task(self._carried(batch, cast(Awaitable[R], run), began))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
+        wanted = len(batch)
+
         def gone(_: object) -> None:
-            if all(one.answer.done() for one in batch):
+            nonlocal wanted
+            wanted -= 1
+            if not wanted:
                 task.cancel()  # nobody waits for it any more
 
         for one in batch:
@@ -344,19 +396,20 @@ class Batcher(Generic[R]):
         self.counters.sizes[size] = self.counters.sizes.get(size, 0) + 1
 
 
-def _look(answer: "asyncio.Future[Any]") -> None:
-    """Nobody may be waiting for it any more: then its error is of no interest."""
-    if not answer.cancelled():
-        answer.exception()
+def _only(shares: list[Share[R]]) -> Share[R]:
+    return shares[0]
 
 
-def _order(one: _Waiting[Any]) -> tuple[int, int]:
-    return one.priority, one.number
+def _order(one: _Waiting[Any]) -> int:
+    return one.order
 
 
 def _hand_out(batch: Sequence[_Waiting[R]], run: R, began: float) -> None:
     start = 0
     for one in batch:
         if not one.answer.done():
-            one.answer.set_result(Share(run, start, start + one.rows, began - one.arrived))
+            try:
+                one.answer.set_result(one.then([Share(run, start, start + one.rows, began - one.arrived)]))
+            except Exception as error:  # this request's own
+                one.answer.set_exception(error)
         start += one.rows

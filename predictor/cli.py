@@ -22,8 +22,8 @@ def server(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="predictor-server",
         description="Serve models over gRPC (Open Inference Protocol v2, as KServe and Triton speak it): what "
-        "prune-program wrote, or any torch.export program. Once it answers it prints one line: where it listens, what "
-        "it serves, which versions. Ctrl-C stops it.",
+        "prune-program wrote, or any torch.export, ONNX or Paddle program. Once it answers it prints one line: where "
+        "it listens, what it serves, which versions. Ctrl-C stops it.",
         epilog="Settings come from flags, then PREDICTOR_<FIELD> in the environment, then the file; its fields are "
         "described in proto/predictor_config.proto.",
     )
@@ -104,6 +104,14 @@ def server(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="load everything, serve nothing")
     args = parser.parse_args(argv)
 
+    def leave_if_computing(status: int) -> None:
+        """The interpreter would wait for a run, or a model's loading, that nobody waits for any more."""
+        from predictor.server import is_computing
+
+        if is_computing():
+            sys.stdout.flush()
+            os._exit(status)
+
     def work() -> int:
         from predictor import server as predictor_server  # here, so that --help does not wait for it
         from predictor.assembly import outlined
@@ -117,7 +125,11 @@ def server(argv: Sequence[str] | None = None) -> int:
         said = load(args.conf and Path(args.conf), args.flagfile and Path(args.flagfile)) if is_directory else None
         config = predictor_server.checked(config, said)
         if args.check:
-            loaded = asyncio.run(predictor_server.check(config, said))
+            try:
+                loaded = asyncio.run(predictor_server.check(config, said))
+            except KeyboardInterrupt:
+                leave_if_computing(130)
+                raise
             print(
                 f"predictor-server: would serve {', '.join(f'{m.name} {m.version}' for m in loaded)} on {config.listen}"
             )
@@ -125,9 +137,7 @@ def server(argv: Sequence[str] | None = None) -> int:
                 print("\n".join(line for service in loaded for line in outlined(service)))
             return 0
         predictor_server.serve(config, said)
-        if predictor_server.is_computing():
-            sys.stdout.flush()
-            os._exit(0)  # the interpreter would wait for a run that nobody waits for any more
+        leave_if_computing(0)
         return 0
 
     log_to_stderr("predictor-server")

@@ -50,6 +50,7 @@ _TYPE = re.compile(r"FLUID_(CPU|GPU)_(?:NATIVE|ANALYSIS)(?:_DIR)?")
 _TYPES = [f"FLUID_{d}_{api}{form}" for d in ("CPU", "GPU") for api in ("NATIVE", "ANALYSIS") for form in ("", "_DIR")]
 _PART_ROWS = 32  # the ancestor's batch_infer_size
 
+_OF_PROGRAMS = ("engine", "device", "threads", "compile", "memory_limit_mb", "type")  # what a callable has no use for
 _WITHOUT_MEANING = {
     "services": ("merger",),
     "nodes": ("address",),
@@ -77,15 +78,21 @@ class EngineSettings(NamedTuple):
     callable: str  # "module:function" instead of a directory's program; empty: none
     inputs: tuple[Tensor, ...]  # of a callable
     outputs: tuple[Tensor, ...]
-    engine: str  # these four as predictor.engines.open.open_engine takes them
+    engine: str  # these five as predictor.engines.open.open_engine takes them
     device: str
     threads: int
     compile: str
+    memory_limit_mb: int
     run_threads: int  # of one batch, which is run in parts of `part_rows`; 0: whole
     part_rows: int
     nan: NanPolicy
     warm_up: Path | None
     place: str  # for messages
+
+    def of_the_net(self) -> tuple[object, ...]:
+        """What makes one net another one in memory; how its op runs it does not."""
+        net = self.directory.resolve(), self.callable, self.engine, self.device, self.threads, self.compile
+        return *net, self.memory_limit_mb
 
 
 class Settings(NamedTuple):
@@ -330,7 +337,7 @@ def _engine(said: EngineDesc, base: Path, place: str, flags: Flags) -> EngineSet
     directory = resolved(where, base) if where else base
     if not directory.is_dir():
         raise BadConfig(f"{place} model_dir", f"no directory {where}", f"one in {base} or {Path.cwd()}")
-    if said.callable and (idle := [n for n in ("engine", "device", "threads", "compile", "type") if getattr(said, n)]):
+    if said.callable and (idle := [n for n in _OF_PROGRAMS if getattr(said, n)]):
         raise BadConfig(f"{place} {idle[0]}", repr(getattr(said, idle[0])), "nothing beside callable")
     if (said.inputs or said.outputs) and not said.callable:
         raise BadConfig(f"{place} inputs and outputs", "those of a program", "none: the program says them")
@@ -340,6 +347,8 @@ def _engine(said: EngineDesc, base: Path, place: str, flags: Flags) -> EngineSet
     nan = next((policy for policy in NAN_POLICIES if policy == (said.nan_policy or "pass")), None)
     if nan is None:
         raise BadConfig(f"{place} nan_policy", repr(said.nan_policy), " or ".join(NAN_POLICIES))
+    if not 0 <= said.memory_limit_mb <= 1 << 30:
+        raise BadConfig(f"{place} memory_limit_mb", said.memory_limit_mb, f"0 (none) to {1 << 30}")
     for name in ("threads", "cpu_math_thread_num", "runtime_thread_num", "batch_infer_size"):
         if not 0 <= getattr(said, name) <= 65_536:
             raise BadConfig(f"{place} {name}", getattr(said, name), "0 to 65536")
@@ -357,6 +366,7 @@ def _engine(said: EngineDesc, base: Path, place: str, flags: Flags) -> EngineSet
         device=_device(said, place, flags),
         threads=said.threads or said.cpu_math_thread_num or 1,
         compile=said.compile or "none",
+        memory_limit_mb=said.memory_limit_mb,
         run_threads=said.runtime_thread_num,
         part_rows=said.batch_infer_size or _PART_ROWS,
         nan=nan,

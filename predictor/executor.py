@@ -5,18 +5,19 @@ process) does `start` return a coroutine for the rest, so that a small net costs
 """
 
 import asyncio
-import inspect
 import logging
 import math
+import resource
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor as Threads
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from cube.errors import DeadlineExceeded, Internal, OutOfMemory, ServingError
-from predictor.ops.op import Batch, Outputs
+from predictor.ops.op import Batch, Outputs, names_of
 from predictor.rows import blank, copied, frozen, is_frozen, put_rows, take_rows
 from predictor.workflow import Kind, Plan, Step
 
@@ -28,6 +29,7 @@ log = logging.getLogger(__name__)
 SHORT_S = 0.004
 WORTH_A_THREAD_S = 0.001  # of each of two steps of one stage, to run at once
 _NEWEST_WEIGHT = 0.2
+_UNTIMED = 8  # of so many short runs one is timed
 _CAUGHT = 2  # runs that took the event loop's time without computing, after which a step has a thread
 TIMES = 4  # of each step of a run
 
@@ -37,20 +39,36 @@ class RunTimes:
 
     CPU time, not wall time: a run in a thread that waits for the GIL would look long, and stay in a thread for ever.
     Steps that wait (for a file, another server, a lock) take no CPU, and would stop the event loop: they are long for
-    ever once they have been caught twice.
+    ever once they have been caught twice. Of short runs on the event loop only some are timed: asking for the CPU time
+    is a system call, and two of them cost as much as a small op.
     """
 
     def __init__(self) -> None:
         self._seconds = [math.inf] * 64
         self._caught = 0
+        self._untimed = _UNTIMED  # short runs in a row
+
+    def is_due(self, work: int) -> bool:
+        """Whether a run on the event loop is to be timed."""
+        self._untimed += 1
+        if self._untimed < _UNTIMED and self._seconds[work.bit_length()] < SHORT_S / 4:
+            return False
+        self._untimed = 0
+        return True
+
+    def look_again(self) -> None:
+        """A run took longer than was expected: the next one is timed."""
+        self._untimed = _UNTIMED
 
     def expected(self, work: int) -> float:
         """Of a run of so much work; infinite before there was one."""
         return self._seconds[work.bit_length()] if self._caught < _CAUGHT else math.inf
 
     def learn(self, work: int, seconds: float, wall_s: float = 0.0) -> None:
-        """Take one run into account. wall_s: how long it took, where it was on the event loop."""
-        self._caught += wall_s > SHORT_S and wall_s > 4 * seconds + SHORT_S
+        """Take one run into account. wall_s: how long it took, where it was on the event loop and has slept there."""
+        if wall_s > SHORT_S and wall_s > 4 * seconds + SHORT_S:
+            self._caught += 1
+            self._untimed = _UNTIMED
         known = self._seconds[work.bit_length()]
         fresh = seconds if known == math.inf else known + _NEWEST_WEIGHT * (seconds - known)
         self._seconds[work.bit_length()] = fresh
@@ -96,6 +114,16 @@ class Executor:
     def can_wait(self) -> bool:
         """Whether a run may wait for something that is not computed here."""
         return any(segment.waits for segment in self._segments)
+
+    @contextmanager
+    def untimed(self) -> Iterator[None]:
+        """Runs in this block have no deadlines of nodes: the first ones load and compile, which no caller waits for."""
+        timed = self._segments
+        self._segments = [segment._replace(steps=tuple(map(_untimed, segment.steps))) for segment in timed]
+        try:
+            yield
+        finally:
+            self._segments = timed
 
     def start(self, values: Mapping[str, Any], rows: int, work: int, deadline: float | None) -> "Run | Awaitable[Run]":
         """Begin a run, or do all of it.
@@ -154,23 +182,34 @@ class Executor:
     def _here(self, run: Run, steps: Sequence[Step], times: RunTimes) -> None:
         """On the event loop."""
         began = time.monotonic()
-        seconds = self._compute(run, steps)
-        times.learn(run.work, seconds, time.monotonic() - began)
+        if times.is_due(run.work):
+            slept = _sleeps()
+            seconds = self._timed(run, steps)
+            wall_s = time.monotonic() - began
+            times.learn(run.work, seconds, wall_s if _sleeps() > slept else 0.0)
+        else:
+            self._compute(run, steps)
+            if time.monotonic() - began > SHORT_S:
+                times.look_again()
 
-    def _compute(self, run: Run, steps: Sequence[Step]) -> float:
-        """Run steps that do not wait; CPU seconds it took."""
+    def _timed(self, run: Run, steps: Sequence[Step]) -> float:
+        """The same; CPU seconds it took."""
         begin = time.thread_time()
+        self._compute(run, steps)
+        return time.thread_time() - begin
+
+    def _compute(self, run: Run, steps: Sequence[Step]) -> None:
+        """Run steps that do not wait."""
         for step in steps:
             _check_deadline(self.plan.name, step, run)
             batch = _begin(step, run)
             if batch is not None:
                 _end(self.plan.name, step, run, batch, _called(self.plan.name, step, batch))
-        return time.thread_time() - begin
 
     async def _in_thread(self, run: Run, steps: Sequence[Step], times: RunTimes) -> None:
         loop = asyncio.get_running_loop()
         run.in_threads |= {step.number for step in steps}
-        times.learn(run.work, await loop.run_in_executor(self._threads, self._compute, run, steps))
+        times.learn(run.work, await loop.run_in_executor(self._threads, self._timed, run, steps))
 
     def _one(self, run: Run, step: Step) -> Awaitable[None] | None:
         """Run a step that may wait."""
@@ -188,11 +227,17 @@ class Executor:
         left_s = None
         if step.node.deadline_s is not None or batch.deadline is not None:
             left_s = min(step.node.deadline_s or math.inf, (batch.deadline or math.inf) - time.monotonic())
+        until = asyncio.timeout(left_s)
         try:
-            outputs = await (made if left_s is None else asyncio.wait_for(_as_coroutine(made), max(left_s, 0)))
-        except TimeoutError as error:
-            raise DeadlineExceeded(f"{_place(self.plan.name, step)}: not done within {left_s or 0:.3f} s") from error
+            if left_s is None:
+                outputs = await made
+            else:
+                async with until:
+                    outputs = await made
         except (Exception, SystemExit) as error:
+            if isinstance(error, TimeoutError) and until.expired():  # else it is the op's own
+                late = f"{_place(self.plan.name, step)}: not done within {left_s or 0:.3f} s"
+                raise DeadlineExceeded(late) from error
             raise _reported(self.plan.name, step, error) from error
         _end(self.plan.name, step, run, batch, outputs)
 
@@ -238,10 +283,18 @@ def segments(plan: Plan) -> list[Segment]:
     return made
 
 
+def _sleeps() -> int:
+    """How often this thread has waited for something; having lost its core to another process is not waiting."""
+    return resource.getrusage(resource.RUSAGE_THREAD).ru_nvcsw
+
+
+def _untimed(step: Step) -> Step:
+    return step._replace(node=step.node._replace(deadline_s=None))
+
+
 def _waits(step: Step) -> bool:
     """Whether a step's `run` belongs on the event loop and may return an awaitable."""
-    op = step.node.op
-    return step.node.is_apart or op.waits or inspect.iscoroutinefunction(op.run)
+    return step.node.is_apart or step.node.op.is_waiting
 
 
 async def _all(waiting: Sequence[Awaitable[None]]) -> None:
@@ -251,10 +304,6 @@ async def _all(waiting: Sequence[Awaitable[None]]) -> None:
         for task in waiting:
             task.cancel()  # type: ignore[attr-defined]  # they are all tasks
         raise
-
-
-async def _as_coroutine(made: Awaitable[Outputs]) -> Outputs:
-    return await made
 
 
 # ---- one step ----
@@ -327,9 +376,8 @@ def _end(workflow: str, step: Step, run: Run, batch: Batch, made: Any) -> None:
 
 
 def _wrong_names(workflow: str, step: Step, made: Any) -> Internal:
-    found = ", ".join(map(str, made)) or "nothing" if isinstance(made, Mapping) else f"a {type(made).__name__}"
     expected = ", ".join(make.name for make in step.makes)
-    return Internal(f"{_place(workflow, step)} outputs: found {found}, expected {expected}")
+    return Internal(f"{_place(workflow, step)} outputs: found {names_of(made)}, expected {expected}")
 
 
 def _reported(workflow: str, step: Step, error: Exception | SystemExit) -> Exception:

@@ -1,7 +1,7 @@
 """A service whose requests say which of its workflows runs them."""
 
 import time
-from collections.abc import Awaitable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -9,7 +9,7 @@ import numpy as np
 from cube.errors import BadRequest
 from cube.rpc.calls import Call
 from predictor.requests import Form
-from predictor.service import Answer, Service
+from predictor.service import Answer, Service, T
 from predictor.tensors import Texts, datatype_of
 
 _LONGEST = 1_000  # bytes of a key that are looked at
@@ -23,16 +23,22 @@ class MappedService(Service):
         first = next(iter(by_value.values()))
         super().__init__(first.name, first.version, first.platform, form, ())
         self._key, self._by_value = key, by_value
-        each = {id(service): service for service in by_value.values()}.values()
-        self.lanes = [lane for service in each for lane in service.lanes]
-        self.tables = {table: version for service in each for table, version in service.tables.items()}
-        for service in each:
+        self.services = list({id(service): service for service in by_value.values()}.values())
+        self.lanes = [lane for service in self.services for lane in service.lanes]
+        self.tables = {table: version for service in self.services for table, version in service.tables.items()}
+        for service in self.services:
             self.outputs = {**service.outputs, **self.outputs}
             service.counts = self.counts  # requests are this service's, whoever answers them
 
     def infer(
-        self, inputs: Mapping[str, Any], wanted: Sequence[str], call: Call, priority: int = 0
-    ) -> Answer | Awaitable[Answer]:
+        self,
+        inputs: Mapping[str, Any],
+        wanted: Sequence[str],
+        call: Call,
+        priority: int = 0,
+        *,
+        then: Callable[[Answer], T],
+    ) -> T | Awaitable[T]:
         """See Service."""
         began = time.monotonic_ns()
         try:
@@ -40,17 +46,20 @@ class MappedService(Service):
         except BadRequest as error:
             self._ended(call, began, 0, (), error)
             raise
-        return service.infer(rest, wanted, call, priority)
+        return service.infer(rest, wanted, call, priority, then=then)
 
     async def debug(self, inputs: Mapping[str, Any], call: Call) -> dict[str, dict[str, Any]]:
         """See Service."""
         service, rest = self._picked(inputs)
         return await service.debug(rest, call)
 
-    async def warm_up(self) -> None:
+    async def warm_up(self, requests: Sequence[Mapping[str, Any]] = ()) -> None:
         """See Service."""
-        for service in self._by_value.values():
-            await service.warm_up()
+        picked = [self._picked(request) for request in requests]
+        for service in self.services:
+            own = [rest for one, rest in picked if one is service]
+            if own or not requests:
+                await service.warm_up(own)
 
     def _picked(self, inputs: Mapping[str, Any]) -> tuple[Service, dict[str, Any]]:
         """The service that answers a request, and the request without its key."""

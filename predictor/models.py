@@ -1,14 +1,18 @@
 """A directory → a model: manifest, engine, cube. What its workflow is, if no configuration says otherwise."""
 
+import asyncio
 import hashlib
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+import math
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Executor as Threads
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, Protocol, TypeVar
 
 from cube.client import Cube, LocalCube
 from cube.errors import BadConfig
-from cube.keys import SIGN_RULE
+from cube.keys import SIGN_RULE, signs_of
 from cube.version import Version
 from predictor.engines.engine import Engine
 from predictor.engines.open import open_engine
@@ -22,10 +26,26 @@ from predictor.workflow import Dependency, Node
 from trainer_tools import manifest
 from trainer_tools.manifest import Lookup, Manifest, Tensor
 
-Format = Literal["torch.export", "paddle", "onnx"]
-Opener = Callable[[Path, Format], Engine]
+T = TypeVar("T")
 
-PROGRAMS = ("*.pt2", "*.onnx")  # what a directory without a manifest may hold one of
+Format = Literal["torch.export", "paddle", "onnx"]
+
+
+class Opener(Protocol):
+    """`open_engine`, all but the program settled."""
+
+    def __call__(
+        self, program: Path, format: Format, *, also: Sequence[tuple[Path, Format]] = (), undecided: bool = False
+    ) -> Engine:
+        """See open_engine."""
+
+
+RECORDING = "warm_up.npz"  # in a model's directory: requests to run before the first caller comes
+# What a directory without a manifest may hold: a program, or the same one in several formats. The first is the one that
+# the others are held to.
+PROGRAMS: Mapping[str, Format] = {
+    "*.pt2": "torch.export", "*.onnx": "onnx", "*.pdmodel": "paddle", "__model__": "paddle", "model": "paddle"
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -37,6 +57,8 @@ class Settings:
     max_keys: int
     cube_timeout_s: float
     cube_wait_s: float
+    # Where programs are read, which takes seconds, so that the event loop hears signals. None: a thread of asyncio's.
+    threads: Threads | None = None
 
 
 @dataclass(frozen=True)
@@ -51,9 +73,11 @@ class Model:
     source: str = ""  # where rows come from, for people; empty without tables
     lookups: tuple[Lookup, ...] = ()
     lengths: Mapping[str, str] = field(default_factory=dict)  # of ragged dense inputs: the input with their lengths
+    alike: Sequence[Sequence[str]] = ()  # groups of inputs with lengths that have to be equal
     table_versions: Mapping[str, tuple[Version, int]] = field(default_factory=dict)  # and dims
     cube: Cube | None = None
     owns_cube: bool = False
+    recording: Path | None = None  # requests to warm up with
 
     def nodes(self, settings: Settings, nan: NanPolicy = "pass") -> list[Node]:
         """The workflow that serves it: gather → pool → infer, or infer alone."""
@@ -83,6 +107,7 @@ class Model:
             max_keys=settings.max_keys,
             finite=bool(self.lookups),
             lengths=self.lengths,
+            alike=self.alike,
         )
 
     async def close(self) -> None:
@@ -99,9 +124,11 @@ class Model:
 
 async def load(directory: Path, settings: Settings, opener: Opener = open_engine) -> Model:
     """A model, its cube checked. Raises BadConfig, BadData, DataCorrupt, ShardUnavailable."""
-    if (directory / manifest.MANIFEST_FILE).is_file():
-        return await _pruned(directory, settings, opener)
-    return _plain(directory, opener)
+    recording = directory / RECORDING if (directory / RECORDING).is_file() else None
+    if recording is not None:
+        opener = partial(opener, undecided=True)
+    is_pruned = (directory / manifest.MANIFEST_FILE).is_file()
+    return replace(await (_pruned if is_pruned else _plain)(directory, settings, opener), recording=recording)
 
 
 async def _pruned(directory: Path, settings: Settings, opener: Opener) -> Model:
@@ -110,15 +137,17 @@ async def _pruned(directory: Path, settings: Settings, opener: Opener) -> Model:
     said = manifest.read(Manifest, path)
     if said.sign not in (SIGN_RULE, "none"):
         raise BadConfig(f"{path} sign", repr(said.sign), f"{SIGN_RULE!r}, or 'none' where keys are ids")
+    _check_signs(said, path)
     program = manifest.inside(directory, said.program.file, f"{path} program.file")
-    _check_hash(program, said.program.sha256, path)
     for lookup in said.lookups:
         if lookup.table not in said.tables:
             tables = ", ".join(said.tables) or "none"
             raise BadConfig(f"{path} lookup {lookup.feed!r}", f"table {lookup.table!r}", f"one of {tables}")
         if lookup.lengths is None and len(lookup.slots) != 1:
             raise BadConfig(f"{path} lookup {lookup.feed!r}", "several slots without lengths", "one")
-    engine = opener(program, said.program.format)
+        _check_added(lookup, f"{path} lookup {lookup.feed!r} added")
+    await _in_thread(settings, _check_hash, program, said.program.sha256, path)
+    engine = await _in_thread(settings, opener, program, said.program.format)
     feeds = {lookup.feed for lookup in said.lookups}
     dense = [t for t in engine.inputs if t.name not in feeds]
     if dense != said.inputs or engine.outputs != said.outputs:
@@ -127,7 +156,7 @@ async def _pruned(directory: Path, settings: Settings, opener: Opener) -> Model:
     cube = settings.cube if settings.cube or not said.tables else _local(directory, said, path)
     if cube and said.tables:
         await cube.open(said.table_versions(), settings.cube_wait_s)
-    ragged = {name for name, level in said.lod_levels.items() if level}
+    ragged = said.ragged_lengths()
     return Model(
         name=said.name,
         version=str(said.version),
@@ -136,35 +165,70 @@ async def _pruned(directory: Path, settings: Settings, opener: Opener) -> Model:
         tables={name: table.version for name, table in said.tables.items()},
         source=str(cube) if cube and said.tables else "",
         lookups=tuple(said.lookups),
-        lengths={name: f"{name}.lengths" for name in ragged},
+        lengths=ragged,
+        alike=said.alike,
         table_versions=said.table_versions(),
         cube=cube,
         owns_cube=cube is not settings.cube,
     )
 
 
-def _plain(directory: Path, opener: Opener) -> Model:
-    """A directory with one program and no manifest: a dense model, named after the directory."""
-    programs = sorted(path for pattern in PROGRAMS for path in directory.glob(pattern))
-    if len(programs) != 1:
-        found = ", ".join(p.name for p in programs) or ("no such directory" if not directory.is_dir() else "neither")
+async def _plain(directory: Path, settings: Settings, opener: Opener) -> Model:
+    """A directory with a program and no manifest: a dense model, named after the directory."""
+    programs = [(path, form) for pattern, form in PROGRAMS.items() for path in _files(directory, pattern)]
+    formats = [form for _, form in programs]
+    if not programs or len(set(formats)) < len(formats):
+        found = ", ".join(p.name for p, _ in programs) or ("no such directory" if not directory.is_dir() else "neither")
         expected = f"{manifest.MANIFEST_FILE} (written by prune-program) or one program, {' or '.join(PROGRAMS)}"
         raise BadConfig(str(directory), found, expected)
     if (directory / manifest.SIGNATURE_FILE).exists():
         raise BadConfig(str(directory), "a trained program with its tables", f"a pruned one: prune-program {directory}")
-    engine = opener(programs[0], "onnx" if programs[0].suffix == ".onnx" else "torch.export")
+    engine = await _in_thread(settings, partial(opener, *programs[0], also=programs[1:]))
+    ragged = [name for tensor in engine.inputs if engine.lod_levels.get(name := tensor.name)]
     return Model(
         name=directory.resolve().name,
         version="1",
         engine=engine,
-        inputs={t.name: Port(t.datatype, tuple(t.shape)) for t in engine.inputs},
+        inputs={t.name: Port(t.datatype, tuple(t.shape), ragged=t.name in ragged) for t in engine.inputs},
+        lengths={name: f"{name}.lengths" for name in ragged},
     )
+
+
+async def _in_thread(settings: Settings, work: Callable[..., T], *arguments: Any) -> T:
+    return await asyncio.get_running_loop().run_in_executor(settings.threads, work, *arguments)
+
+
+def _files(directory: Path, pattern: str) -> list[Path]:
+    return sorted(path for path in directory.glob(pattern) if path.is_file())
 
 
 def _local(directory: Path, said: Manifest, path: Path) -> LocalCube:
     if said.cube is None:
         raise BadConfig(f"{path} cube", "no local cube", "the address of a cube: --cube")
     return LocalCube(manifest.inside(directory, said.cube, f"{path} cube"))
+
+
+def _check_added(lookup: Lookup, place: str) -> None:
+    """Raise BadConfig unless a lookup adds as many numbers as its samples have keys, or one, or none."""
+    count, width = len(lookup.added), math.prod((lookup.feed_shape or [-1, -1, -1])[1:-1])
+    if lookup.pooling != "none":
+        fits, expected = count % len(lookup.slots) == 0, f"one, or a multiple of the {len(lookup.slots)} slots"
+    elif width > 0 and not lookup.lod_level:
+        fits, expected = count == width, f"one, or {width}, as a sample has keys"
+    else:
+        fits, expected = False, "one, for samples have any number of keys"
+    if count > 1 and not fits:
+        raise BadConfig(place, f"{count} numbers", expected)
+
+
+def _check_signs(said: Manifest, path: Path) -> None:
+    """Raise BadConfig if the tool that wrote a manifest signs features otherwise than this process does."""
+    keys = signs_of([vector.slot for vector in said.sign_vectors], [v.text.encode() for v in said.sign_vectors])
+    for vector, key in zip(said.sign_vectors, keys, strict=True):
+        if vector.key != f"{key:016x}":
+            feature = f"{vector.text[:40]!r} in slot {vector.slot}"
+            expected = f"{key:016x}, as this build signs it: the rows are kept under other keys than callers ask for"
+            raise BadConfig(f"{path} sign_vectors, {feature}", vector.key, expected)
 
 
 def _check_hash(program: Path, expected: str, path: Path) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Collection, Mapping, Sequence
 from cube.errors import BadConfig
 from predictor.ops.op import Port
 from predictor.ops.values import PassOn
-from predictor.workflow import REQUEST, Node, ordered
+from predictor.workflow import REQUEST, Node, bound, ordered
 
 _BOOL = Port("BOOL")
 _ECHOED = {"text": Port("BYTES")}
@@ -41,7 +41,7 @@ class _Search:
                 self._makes[node.name] = None
             else:
                 place = f"{self._place} node {node.name!r}"
-                self._makes[node.name] = node.op.bind(self._taken(node, place))
+                self._makes[node.name] = bound(node, self._taken(node, place), place)
                 if node.when:
                     self._take(node, "when", _BOOL, node.when.lstrip("!"), place)
         return self._found or dict(_ECHOED)  # nodes that only pass on what comes

@@ -20,12 +20,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cube.errors import BadConfig, BadRequest
-from predictor.ops.op import Port, Ragged
+from predictor.ops.op import Port, Ragged, offsets_of
 from predictor.ops.sign import signed
 from predictor.rows import blank, frozen
-from predictor.tensors import DTYPES, Texts, datatype_of, shape_text, texts
+from predictor.tensors import DTYPES, Texts, check_alike, datatype_of, shape_text, texts
 from trainer_tools.manifest import Lookup, Tensor
 
+_SAMPLE_KEYS = 100  # what keys of samples are below: where keys are ids, tables have these
 KEYS_PER_UNIT = 100  # of work: what the time of a run goes by are samples, and keys by the 100
 
 
@@ -50,13 +51,15 @@ class Form:
         max_keys: int,
         finite: bool,
         lengths: Mapping[str, str] = {},
+        alike: Sequence[Sequence[str]] = (),
     ):
         """max_keys: of one request, over all lookups. finite: refuse dense numbers that are none.
 
         A plain dense program may want infinities; a ranking model never does. lengths: of each ragged port among
-        `dense`, the name of the input that says how many values each of its bags has.
+        `dense`, the name of the input that says how many values each of its bags has. alike: groups of inputs with
+        lengths that have to be equal.
         """
-        self.dense, self.lookups, self.lengths = dense, lookups, dict(lengths)
+        self.dense, self.lookups, self.lengths, self._alike = dense, lookups, dict(lengths), alike
         self._max_samples, self._max_keys, self._finite = max_samples, max_keys, finite
         self._slots = [np.array([slot.number for slot in k.slots], np.int64) for k in lookups]
         names = set(dense) | set(self.lengths.values())
@@ -64,10 +67,14 @@ class Form:
             names |= {lookup.keys, lookup.text, *(n for n in (lookup.lengths, lookup.weights) if n is not None)}
         self._names = names
         self.ports: dict[str, Port] = dict(dense)
+        added: dict[str, list[int]] = {}
         for lookup in lookups:
             if self.ports.setdefault(lookup.keys, keys_port(lookup)) != keys_port(lookup):
                 found = f"{self.ports[lookup.keys]} and {keys_port(lookup)}"
                 raise BadConfig(f"lookups of {lookup.keys!r}", found, "one shape of keys")
+            if added.setdefault(lookup.keys, lookup.added) != lookup.added:
+                found = f"{added[lookup.keys]} and {lookup.added} added to them"
+                raise BadConfig(f"lookups of {lookup.keys!r}", found, "the same in both")
             if lookup.weights is not None:
                 self.ports[lookup.weights] = weights_port(lookup)
 
@@ -100,10 +107,12 @@ class Form:
                 made[self.lengths[name]] = frozen(np.ones((rows, port.per_row), np.int32))
         keys, features = dict(made), dict(made)
         for lookup in self.lookups:
-            shape = [rows, *_sized(_ids_shape(lookup))[1:]] if lookup.lengths is None else [rows * len(lookup.slots)]
+            each = max(_width(lookup) or 0, len(lookup.slots)) // len(lookup.slots)  # keys of a slot
+            keys_of_all = rows * len(lookup.slots) * each
+            shape = [rows, *_sized(_ids_shape(lookup))[1:]] if lookup.lengths is None else [keys_of_all]
             rest: dict[str, Any] = {}
             if lookup.lengths is not None:
-                rest[lookup.lengths] = frozen(np.ones((rows, len(lookup.slots)), np.int32))
+                rest[lookup.lengths] = frozen(np.full((rows, len(lookup.slots)), each, np.int32))
             if lookup.weights is not None:
                 rest[lookup.weights] = frozen(np.ones(int(np.prod(shape)), np.float32))
             keys |= rest | {lookup.keys: frozen(np.zeros(shape, np.uint64))}
@@ -111,11 +120,14 @@ class Form:
         return [keys, features] if self.lookups else [keys]
 
     def sample(self, rows: int) -> Request:
-        """A checked request of random numbers; integers are zeros, for nobody knows which ones a program takes."""
+        """A checked request of random numbers and keys; other integers are zeros, as nobody knows what is taken."""
         rng = np.random.default_rng(0)
         inputs = self.examples(rows)[0]
+        keys = {lookup.keys for lookup in self.lookups}
         for name, value in inputs.items():
-            if isinstance(value, np.ndarray) and value.dtype.kind == "f":
+            if name in keys:
+                inputs[name] = frozen(rng.integers(0, _SAMPLE_KEYS, value.shape, np.uint64))
+            elif isinstance(value, np.ndarray) and value.dtype.kind == "f":
                 inputs[name] = frozen(np.asarray(rng.random(value.shape)).astype(value.dtype))
         return self.read(inputs)
 
@@ -142,11 +154,13 @@ class Form:
         for lookup, slots in zip(self.lookups, self._slots, strict=True):
             found = values.get(lookup.keys)  # several lookups may be of the same keys
             if found is None:
-                found = values[lookup.keys] = _sparse(inputs, lookup, slots, counts)
+                found = values[lookup.keys] = _looked_up(lookup, _sparse(inputs, lookup, slots, counts))
             if lookup.weights is not None:
                 values[lookup.weights] = self._weights(inputs, lookup, found)
             keys += found.size if lookup.lengths is None else int(found.offsets[-1])
         rows = self._agreed(counts)
+        if self._alike:
+            check_alike(self._alike, inputs)
         if keys > self._max_keys:
             raise BadRequest("request", f"{keys} keys", f"at most {self._max_keys}")
         return Request(values, rows, rows + int(keys) // KEYS_PER_UNIT, int(keys))
@@ -249,17 +263,32 @@ def _sparse(inputs: Mapping[str, Any], lookup: Lookup, slots: NDArray[np.int64],
         return given if raw is None else _signed_flat(given, slots)
     if len(given.shape) != 1:
         raise BadRequest(f"input {name!r} shape", shape_text(given.shape), f"[{int(lengths.sum())}]")
-    if lookup.pooling == "none" and not lookup.lod_level:
+    if _width(lookup) is not None:
         _check_widths(lookup, lengths)
     bags = Ragged(given, _offsets(lengths, given.shape[0], name, lookup.lengths or ""))
     return bags if raw is None else signed(bags, slots)
 
 
+def _looked_up(lookup: Lookup, keys: Any) -> Any:
+    """The keys that a table has, where the program adds something to what a request holds."""
+    if not lookup.added:
+        return keys
+    return keys._replace(values=lookup.looked_up(keys.values)) if lookup.lengths else lookup.looked_up(keys)
+
+
+def _width(lookup: Lookup) -> int | None:
+    """How many keys every sample of a lookup has: 0 if as many as the first, None if any number each."""
+    if len(lookup.added) > 1:
+        return len(lookup.added)
+    if lookup.pooling != "none" or lookup.lod_level:
+        return None
+    return max(0, math.prod(_ids_shape(lookup)[1:]))
+
+
 def _check_widths(lookup: Lookup, lengths: NDArray[np.int32]) -> None:
     """The program takes as many rows of every sample, so none may have some of its neighbour's."""
-    width = math.prod(_ids_shape(lookup)[1:])
     each = lengths.sum(axis=1)
-    expected = width if width > 0 else int(each[0]) if each.size else 0
+    expected = _width(lookup) or (int(each[0]) if each.size else 0)
     if (each != expected).any():
         wrong = int(np.flatnonzero(each != expected)[0])
         found = f"{each[wrong]} keys in sample {wrong}"
@@ -292,8 +321,7 @@ def _lengths(inputs: Mapping[str, Any], name: str, per_row: int) -> NDArray[np.i
 
 
 def _offsets(lengths: NDArray[np.int32], count: int, name: str, lengths_name: str) -> NDArray[np.int64]:
-    offsets = np.zeros(lengths.size + 1, np.int64)
-    np.cumsum(lengths, out=offsets[1:])
+    offsets = offsets_of(lengths)
     if count != offsets[-1]:
         raise BadRequest(f"input {name!r} shape", shape_text((count,)), f"[{offsets[-1]}]: the sum of {lengths_name!r}")
     return offsets

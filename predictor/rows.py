@@ -4,12 +4,12 @@ A value of a port that goes by rows has `per_row` entries (or bags, where it is 
 """
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from predictor.ops.op import Port, Ragged
+from predictor.ops.op import Port, Ragged, offsets_of
 from predictor.tensors import DTYPES, Texts
 
 Bools = NDArray[np.bool_]
@@ -118,7 +118,7 @@ def put_rows(value: Any, port: Port, chosen: Bools, rows: int) -> Any:
     if isinstance(value, Ragged):
         lengths = np.zeros(marks.size, np.int64)
         lengths[marks] = np.diff(value.offsets)
-        return Ragged(value.values, _offsets(lengths))
+        return Ragged(value.values, offsets_of(lengths))
     width = value.starts.size // (value.shape[0] or 1)
     each = np.repeat(marks, width)
     starts, sizes = np.zeros(each.size, np.int64), np.zeros(each.size, np.int64)
@@ -135,14 +135,8 @@ def _take(value: Any, marks: Bools) -> Any:
         return value[marks]
     if isinstance(value, Ragged):
         lengths = np.diff(value.offsets)
-        return Ragged(_take(value.values, np.repeat(marks, lengths)), _offsets(lengths[marks]))
+        return Ragged(_take(value.values, np.repeat(marks, lengths)), offsets_of(lengths[marks]))
     width = value.starts.size // (value.shape[0] or 1)
     each = np.repeat(marks, width)
     shape = (int(np.count_nonzero(marks)), *value.shape[1:])
     return Texts(shape, value.data, value.starts[each], value.sizes[each])
-
-
-def _offsets(lengths: NDArray[np.int64]) -> NDArray[np.int64]:
-    offsets = np.zeros(lengths.size + 1, np.int64)
-    np.cumsum(lengths, out=offsets[1:])
-    return cast(NDArray[np.int64], offsets)

@@ -1,5 +1,6 @@
 """Composition root of predictor-server: settings → cube → models → service → doors → port."""
 
+import asyncio
 import logging
 import os
 import threading
@@ -11,9 +12,10 @@ from functools import partial
 from pathlib import Path
 
 from cube.cluster import Access, open_cube
-from cube.errors import BadConfig, ServingError
+from cube.errors import BadConfig
 from cube.rpc.process import DOORS, Process, run
 from cube.rpc.router import Router
+from cube.rpc.sockets import host_and_port
 from predictor import models
 from predictor.assembly import Assembly, described, in_flight_limits
 from predictor.batching import Limits
@@ -29,6 +31,7 @@ from predictor.profile.metrics import Metrics
 from predictor.profile.snapshot import snapshot
 from predictor.profile.watch import Watch, watched
 from predictor.service import InferenceService, Lane, Service
+from predictor.warming import warm_up
 from predictor.workflow import plan
 
 log = logging.getLogger(__name__)
@@ -46,6 +49,8 @@ def checked(config: PredictorConfig, said: Settings | None = None) -> PredictorC
     if not config.model and said is None:
         raise BadConfig("model", "none", "a directory that prune-program wrote: --model DIR")
     settled.listen = config.listen or (said.listen if said else "127.0.0.1:8500")
+    if not settled.listen.startswith("unix:"):
+        host_and_port(settled.listen)
     settled.cube = config.cube or (said.cube if said else "")
     settled.max_samples = config.max_samples or 65_536
     settled.max_keys = config.max_keys or 4 << 20
@@ -117,6 +122,7 @@ async def _services(config: PredictorConfig, said: Settings | None) -> AsyncIter
         max_keys=config.max_keys,
         cube_timeout_s=config.cube_timeout_ms / 1e3,
         cube_wait_s=config.cube_wait_s,
+        threads=threads,
     )
     async with AsyncExitStack() as stack:
         if cube:
@@ -126,7 +132,8 @@ async def _services(config: PredictorConfig, said: Settings | None) -> AsyncIter
         if said is not None:
             assembly = Assembly(said, settings, threads, _limits(config))
             await assembly.load(stack)
-            for service in assembly.services(stack):
+            made = asyncio.get_running_loop().run_in_executor(threads, assembly.services, stack)
+            for service in await made:  # not on the loop, which hears signals meanwhile
                 await assembly.warm_up(service)
                 services[service.name] = service, described(service)
         for directory in config.model:
@@ -136,7 +143,7 @@ async def _services(config: PredictorConfig, said: Settings | None) -> AsyncIter
             if model.name in services:
                 raise BadConfig(directory, f"model {model.name!r} again", "another name")
             service = _derived(model, settings, threads, config, stack)
-            await _warm_up(service, model)
+            await warm_up(service, [model], threads, knows=bool(model.tables))
             services[model.name] = service, models.describe(model, service.inputs)
         yield list(services.values())
 
@@ -163,16 +170,6 @@ def _limits(config: PredictorConfig) -> Limits:
         max_in_flight=config.compute_threads,
         is_on=config.batching != "off",
     )
-
-
-async def _warm_up(service: Service, model: models.Model) -> None:
-    try:
-        await service.warm_up()
-    except ServingError as error:
-        if model.tables:
-            raise
-        # zeros of size 2 may not suit a program that we know nothing of; its callers will tell
-        log.warning("model %s: warm-up failed (%s), so its first request will be slow", model.name, error)
 
 
 def is_computing() -> bool:

@@ -1,11 +1,13 @@
 """predict: check a request, run the service's workflows, answer. The same behind every door; knows no transport."""
 
 import asyncio
+import itertools
 import logging
 import time
-from collections.abc import Awaitable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any, NamedTuple, TypeVar, cast
 
 import numpy as np
 
@@ -23,7 +25,10 @@ from trainer_tools.manifest import Tensor
 
 log = logging.getLogger(__name__)
 
+_COMPANY = 3  # rows that are answered together and alone, to see whether they mix
+
 Facts = dict[str, int | str]
+T = TypeVar("T")  # what a door makes of an answer
 
 
 class Answer(NamedTuple):
@@ -65,7 +70,7 @@ class Lane:
         self._found = [
             make
             for step in plan.steps
-            if isinstance(step.node.op, Gather)
+            if isinstance(step.node.op.within, Gather)
             for make in step.makes
             if make.port.datatype == "BOOL"
         ]
@@ -135,6 +140,7 @@ class Service:
         at the same time, else one after the other. Raises BadConfig for two that make an output of one name."""
         self.name, self.version, self.platform, self.form, self.lanes = name, version, platform, form, lanes
         self.tables, self._at_once, self.counts = dict(tables or {}), at_once, RequestCounts()
+        self.reply_heads: dict[Any, bytes] = {}  # what a door remembers of replies
         self.outputs: dict[str, Port] = {}
         for lane in lanes:
             for output, make in lane.plan.outputs.items():
@@ -155,11 +161,18 @@ class Service:
         return made
 
     def infer(
-        self, inputs: Mapping[str, Any], wanted: Sequence[str], call: Call, priority: int = 0
-    ) -> Answer | Awaitable[Answer]:
-        """Run a request. inputs: numpy arrays and Texts by name; wanted: names of outputs, all if empty.
+        self,
+        inputs: Mapping[str, Any],
+        wanted: Sequence[str],
+        call: Call,
+        priority: int = 0,
+        *,
+        then: Callable[[Answer], T],
+    ) -> T | Awaitable[T]:
+        """Run a request; what `then` makes of its answer, whose time counts as the request's.
 
-        Raises BadRequest, Overloaded, DeadlineExceeded, and what the workflows raise.
+        inputs: numpy arrays and Texts by name; wanted: names of outputs, all if empty. Raises BadRequest, Overloaded,
+        DeadlineExceeded, and what the workflows and `then` raise.
         """
         began, rows = time.monotonic_ns(), 0
         try:
@@ -169,15 +182,24 @@ class Service:
                     raise BadRequest(f"output {output!r}", "a name the model does not make", f"one of {known}")
             request = self.form.read(inputs)
             rows = request.rows
-            each = self._several(request, call, priority) if len(self.lanes) > 1 else self._one(request, call, priority)
-            if not isinstance(each, list):
-                return self._later(call, began, request, each, wanted)
-            answer = self._answer(request, each, wanted)
+
+            def answered(each: Sequence[list[Share[Run]]]) -> T:
+                made = then(self._answer(request, each, wanted))
+                self._ended(call, began, rows, each)
+                return made
+
+            if len(self.lanes) == 1:
+                made = self._submit(self.lanes[0], request, call, priority, lambda shares: answered((shares,)))
+            else:
+                made = self._several(request, call, priority, answered)
         except Exception as error:
             self._ended(call, began, rows, (), error)
             raise
-        self._ended(call, began, rows, each)
-        return answer
+        if isinstance(made, asyncio.Future):
+            self.counts.in_flight += 1
+            made.add_done_callback(partial(self._landed, call, began, rows))
+            return made
+        return self._later(call, began, rows, cast(Awaitable[T], made)) if hasattr(made, "__await__") else made
 
     async def debug(self, inputs: Mapping[str, Any], call: Call) -> dict[str, dict[str, Any]]:
         """Run a request alone; of each workflow and node: what it made, and its microseconds. No batching."""
@@ -196,14 +218,18 @@ class Service:
             }
         return told
 
-    async def warm_up(self) -> None:
-        """Run requests of two samples of zeros, so that every op and kernel has run. Raises what that raises."""
+    async def warm_up(self, requests: Sequence[Mapping[str, Any]] = ()) -> None:
+        """Run requests, so that every op and kernel has run, and see whether rows mix. Raises what that raises.
+
+        requests: as callers send them. Default: two samples of zeros.
+        """
         try:
-            for request in self.form.examples(2):
-                await _whole(self.infer(request, (), Call("warm-up")))
-            sample = self.form.sample(3)
+            for request in requests or self.form.examples(2):
+                await _whole(self.infer(request, (), Call("warm-up"), then=_itself))
+            read = [self.form.read(request) for request in requests] or [self.form.sample(_COMPANY)]
             for lane in self.lanes:
-                await lane.check_company(sample._replace(values=dict(self._values(lane, sample))))
+                if lane.batcher.limits.is_on:
+                    await lane.check_company(_company(lane.plan.request, read))
         finally:  # nobody has asked for these
             self.counts.clear()
             for lane in self.lanes:
@@ -217,44 +243,44 @@ class Service:
         return {name: request.values[name] for name in lane.plan.request}
 
     def _submit(
-        self, lane: Lane, request: Request, call: Call, priority: int
-    ) -> list[Share[Run]] | Awaitable[list[Share[Run]]]:
-        return lane.batcher.submit(self._values(lane, request), request.rows, request.work, call.deadline, priority)
+        self, lane: Lane, request: Request, call: Call, priority: int, then: Callable[[list[Share[Run]]], T]
+    ) -> T | Awaitable[T]:
+        values = self._values(lane, request)
+        return lane.batcher.submit(values, request.rows, request.work, call.deadline, priority, then=then)
 
-    def _one(
-        self, request: Request, call: Call, priority: int
-    ) -> list[list[Share[Run]]] | Awaitable[list[list[Share[Run]]]]:
-        shares = self._submit(self.lanes[0], request, call, priority)
-        return [shares] if isinstance(shares, list) else _listed(shares)
-
-    async def _several(self, request: Request, call: Call, priority: int) -> list[list[Share[Run]]]:
+    async def _several(
+        self, request: Request, call: Call, priority: int, then: Callable[[Sequence[list[Share[Run]]]], T]
+    ) -> T:
+        """Run all lanes."""
         if not self._at_once:
-            return [await self._shares(lane, request, call, priority) for lane in self.lanes]
+            return then([await self._shares(lane, request, call, priority) for lane in self.lanes])
         try:
             async with asyncio.TaskGroup() as group:  # one that fails ends the others
                 tasks = [group.create_task(self._shares(lane, request, call, priority)) for lane in self.lanes]
         except ExceptionGroup as errors:
             raise errors.exceptions[0] from None
-        return [task.result() for task in tasks]
+        return then([task.result() for task in tasks])
 
     async def _shares(self, lane: Lane, request: Request, call: Call, priority: int) -> list[Share[Run]]:
-        shares = self._submit(lane, request, call, priority)
-        return shares if isinstance(shares, list) else await shares
+        return cast(list[Share[Run]], await _whole(self._submit(lane, request, call, priority, _itself)))
 
-    async def _later(
-        self, call: Call, began: int, request: Request, each: Awaitable[list[list[Share[Run]]]], wanted: Sequence[str]
-    ) -> Answer:
+    def _landed(self, call: Call, began: int, rows: int, future: "asyncio.Future[Any]") -> None:
+        """A request that was in company has its answer, which `infer` has counted, or has none."""
+        self.counts.in_flight -= 1
+        if future.cancelled():
+            self._ended(call, began, rows, (), asyncio.CancelledError())
+        elif (error := future.exception()) is not None:
+            self._ended(call, began, rows, (), error)
+
+    async def _later(self, call: Call, began: int, rows: int, made: Awaitable[T]) -> T:
         self.counts.in_flight += 1
         try:
-            shares = await each
-            answer = self._answer(request, shares, wanted)
+            return await made
         except BaseException as error:
-            self._ended(call, began, request.rows, (), error)
+            self._ended(call, began, rows, (), error)
             raise
         finally:
             self.counts.in_flight -= 1
-        self._ended(call, began, request.rows, shares)
-        return answer
 
     def _ended(
         self,
@@ -275,7 +301,8 @@ class Service:
             code = counts.failed(error)
         if counts.watchers:
             plans = [lane.plan for lane in self.lanes]
-            request = Ended(self.name, self.version, call, began, ended, rows, plans, each, code)
+            notes = getattr(error, "__notes__", ())
+            request = Ended(self.name, self.version, call, began, ended, rows, plans, each, code, notes)
             for watch in counts.watchers:
                 watch(request)
 
@@ -302,12 +329,25 @@ def _put_together(shares: Sequence[Share[Run]], make: Make) -> Any:
     return join_rows(parts, make.port)
 
 
-async def _listed(shares: Awaitable[list[Share[Run]]]) -> list[list[Share[Run]]]:
-    return [await shares]
+def _itself(answer: T) -> T:
+    return answer
 
 
 async def _whole(answer: Any) -> Any:
     return await answer if isinstance(answer, Awaitable) else answer
+
+
+def _company(ports: Mapping[str, Port], requests: Sequence[Request]) -> Request:
+    """A request of the first rows of others, again and again where they are few."""
+    parts, rows = [], 0
+    for request in itertools.cycle(requests):
+        if rows == _COMPANY:
+            break
+        taken = min(request.rows, _COMPANY - rows)
+        parts.append({name: slice_rows(request.values[name], port, 0, taken) for name, port in ports.items()})
+        rows += taken
+    values = {name: join_rows([part[name] for part in parts], port) for name, port in ports.items()}
+    return Request(values, rows, rows, requests[0].keys)
 
 
 class InferenceService:

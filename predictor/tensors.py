@@ -5,7 +5,7 @@ and the bytes.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -40,7 +40,8 @@ def datatype_of(value: Value) -> str:
     """KServe's name of a value's type; raises BadRequest for one that has none."""
     if isinstance(value, Texts):
         return "BYTES"
-    name = _DATATYPES.get(value.dtype.newbyteorder("<"))
+    dtype = value.dtype
+    name = _DATATYPES.get(dtype if dtype.isnative else dtype.newbyteorder("<"))
     if name is None:
         raise BadRequest("tensor", f"dtype {value.dtype}", f"one of {', '.join(DTYPES)}, BYTES")
     return name
@@ -79,10 +80,22 @@ def count_of(shape: Sequence[int], place: str) -> int:
     return count
 
 
+def check_alike(groups: Sequence[Sequence[str]], lengths: Mapping[str, NDArray[Any]]) -> None:
+    """Raise BadRequest unless a sample has as much in each of a group of names as in any other: they are joined."""
+    for first, *others in groups:
+        one = lengths[first].ravel()
+        for name in others:
+            other = lengths[name].ravel()
+            if not np.array_equal(one, other):
+                at = int(np.flatnonzero(one != other)[0])
+                found = f"{one[at]} and {other[at]} in sample {at}"
+                raise BadRequest(f"inputs {first!r} and {name!r}", found, "as many in both, which the program joins")
+
+
 def encode(value: Value) -> bytes:
     """The raw bytes of a tensor."""
     if not isinstance(value, Texts):
-        return value.astype(value.dtype.newbyteorder("<"), copy=False).tobytes()
+        return (value if value.dtype.isnative else value.astype(value.dtype.newbyteorder("<"))).tobytes()
     out = np.empty(int(value.sizes.sum()) + 4 * value.sizes.size, np.uint8)
     _pack(value.data, value.starts, value.sizes, out)
     return out.tobytes()

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from enum import Enum
 from typing import NamedTuple
 
-from cube.errors import BadConfig
+from cube.errors import BadConfig, ServingError
 from predictor.ops.op import Op, Port
 
 REQUEST = "request"
@@ -115,6 +115,18 @@ def plan(
     return _Binding(place, request, in_order).bind(name, kind, last, outputs)
 
 
+def bound(node: Node, ports: Mapping[str, Port], place: str) -> Mapping[str, Port]:
+    """What a node's op makes of its inputs. place: of the node. Raises BadConfig, whatever the op raises."""
+    try:
+        return node.op.bind(ports)
+    except BadConfig as error:
+        raise BadConfig(f"{place} {error.place}", error.found, error.expected) from error
+    except ServingError:
+        raise
+    except Exception as error:  # the op may be the user's
+        raise BadConfig(place, f"{type(error).__name__}: {error}", "an op that takes its inputs") from error
+
+
 def ordered(place: str, nodes: Iterable[Node]) -> list[Node]:
     """Each node after those it depends on. Raises BadConfig for names, dependencies and cycles that make none."""
     by_name: dict[str, Node] = {}
@@ -135,8 +147,9 @@ def _check_dependencies(place: str, by_name: Mapping[str, Node]) -> None:
         seen: set[str] = set()
         for dependency in node.dependencies:
             if dependency.node not in by_name:
-                near = difflib.get_close_matches(dependency.node, by_name, 1)
-                expected = repr(near[0]) if near else f"one of {', '.join(by_name)}"
+                others = [name for name in by_name if name != node.name]
+                near = difflib.get_close_matches(dependency.node, others, 1)
+                expected = repr(near[0]) if near else f"one of {', '.join(others)}" if others else "none: it is alone"
                 raise BadConfig(f"{place} node {node.name!r} dependency", repr(dependency.node), expected)
             if dependency.node in seen:
                 raise BadConfig(f"{place} node {node.name!r} dependency", f"{dependency.node!r} twice", "once")
@@ -224,10 +237,7 @@ class _Binding:
             takes.append((name, at, changes, port))
             if changes:
                 self._changed.add(at)
-        try:
-            made = node.op.bind(ports)
-        except BadConfig as error:
-            raise BadConfig(f"{place} {error.place}", error.found, error.expected) from error
+        made = bound(node, ports, place)
         if node.when and (fixed := [name for name, port in made.items() if not port.goes_by_rows]):
             raise BadConfig(f"{place} when", f"output {fixed[0]!r}, which does not go by rows", "outputs that do")
         self._makes[node.name] = {name: (self._size + i, port) for i, (name, port) in enumerate(made.items())}

@@ -7,6 +7,7 @@ click. The score is the first output of a number a sample ([n] or [n, 1]), or of
 
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
+from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +20,7 @@ from cube.rows import RowFormat
 from trainer_tools import criteo, feeding
 from trainer_tools.export_rows import CUBE_DIRECTORY, recode_cube, replace_cube
 from trainer_tools.feeding import Pool, Request, Run
-from trainer_tools.manifest import Manifest
+from trainer_tools.manifest import Lookup, Manifest
 
 LABEL = "label"
 BATCH = 4096
@@ -143,19 +144,23 @@ def _scores(manifest: Manifest, run: Run, cube: LocalCube, pool: Pool | None) ->
     """Scores with rows from a cube."""
 
     def scores(request: Request) -> NDArray[Any]:
-        outputs = run(feeding.feeds(manifest, request, lambda table, keys: cube.rows(table, None, keys).rows, pool))
+        outputs = run(feeding.feeds(manifest, request, feeding.rows_in(cube), pool))
         return score_of(manifest, outputs, feeding.len_of(manifest, request))
 
     return scores
 
 
-def score_of(manifest: Manifest, outputs: Iterable[NDArray[Any]], samples: int) -> NDArray[Any]:
+def score_of(manifest: Manifest, outputs: Iterable[Any], samples: int) -> NDArray[Any]:
     """The score of each sample, [n], among the outputs of a program. Raises BadData where none is."""
     shapes = []
     for tensor, array in zip(manifest.outputs, outputs, strict=True):
-        if array.dtype.kind == "f" and array.shape in ((samples,), (samples, 1), (samples, 2)):
-            return array.reshape(samples, -1)[:, -1]
-        shapes.append(f"{tensor.name} {array.dtype}{list(array.shape)}")
+        if isinstance(array, feeding.Sequences):
+            shapes.append(f"{tensor.name} sequences")
+        elif array.dtype.kind == "f" and array.shape in ((samples,), (samples, 1), (samples, 2)):
+            score: NDArray[Any] = array.reshape(samples, -1)[:, -1]
+            return score
+        else:
+            shapes.append(f"{tensor.name} {array.dtype}{list(array.shape)}")
     raise BadData("outputs", ", ".join(shapes), f"a score: floats [{samples}], [{samples}, 1] or [{samples}, 2]")
 
 
@@ -230,6 +235,7 @@ def _npz(path: Path, manifest: Manifest) -> tuple[Request, NDArray[np.int8] | No
 def _inputs(manifest: Manifest) -> dict[str, tuple[str, list[int]]]:
     """Datatype and shape of each array of a request."""
     found = {tensor.name: (tensor.datatype, tensor.shape) for tensor in manifest.inputs}
+    found |= {lengths: ("INT32", [-1]) for lengths in manifest.ragged_lengths().values()}
     for lookup in manifest.lookups:
         if lookup.lengths is None:
             found[lookup.keys] = "UINT64", (lookup.feed_shape or [-1, -1])[:-1]
@@ -256,23 +262,41 @@ def _converted(place: str, array: NDArray[Any], wanted: tuple[str, list[int]]) -
 
 def _agreed_samples(place: str, manifest: Manifest, request: Request) -> int:
     """How many samples there are, by every array; raises BadData where arrays or lengths do not agree."""
-    counts = {t.name: len(request[t.name]) for t in manifest.inputs if t.shape[:1] == [-1]}
+    ragged = manifest.ragged_lengths()
+    counts = {t.name: len(request[t.name]) for t in manifest.inputs if t.shape[:1] == [-1] and t.name not in ragged}
+    ragged |= {lookup.keys: lookup.lengths for lookup in manifest.lookups if lookup.lengths is not None}
+    for name, lengths_name in ragged.items():
+        lengths = request[lengths_name]
+        counts[lengths_name] = len(lengths)
+        if (lengths < 0).any() or lengths.sum() != len(request[name]):
+            found = f"lengths that sum to {lengths.sum()}, {len(request[name])} keys"
+            raise BadData(f"{place} {lengths_name!r}", found, "lengths of 0 or more, as many keys as they say")
     for lookup in manifest.lookups:
         if lookup.lengths is None:
             counts[lookup.keys] = len(request[lookup.keys])
-            continue
-        lengths = request[lookup.lengths]
-        counts[lookup.lengths] = len(lengths)
-        if (lengths < 0).any() or lengths.sum() != request[lookup.keys].size:
-            found = f"lengths that sum to {lengths.sum()}, {request[lookup.keys].size} keys"
-            raise BadData(f"{place} {lookup.lengths!r}", found, "lengths of 0 or more, as many keys as they say")
+        elif lookup.pooling == "none" and not lookup.lod_level:
+            _check_widths(place, lookup, request[lookup.lengths])
         if lookup.weights is not None and request[lookup.weights].size != request[lookup.keys].size:
             found = f"{request[lookup.weights].size} weights, {request[lookup.keys].size} keys"
             raise BadData(f"{place} {lookup.weights!r}", found, "one for each key")
+    for first, *others in manifest.alike:
+        for other in others:
+            if not np.array_equal(request[first].ravel(), request[other].ravel()):
+                expected = "the same in both: the program joins them"
+                raise BadData(f"{place} {first!r} and {other!r}", "different lengths", expected)
     if len(set(counts.values())) > 1:
         found = ", ".join(f"{count} in {name!r}" for name, count in counts.items())
         raise BadData(place, found, "as many samples in every array")
     return next(iter(counts.values()))
+
+
+def _check_widths(place: str, lookup: Lookup, lengths: NDArray[Any]) -> None:
+    """Raise BadData unless every sample has as many keys as the program takes of it."""
+    each, width = lengths.sum(axis=1), prod((lookup.feed_shape or [-1, -1])[1:-1])
+    expected = width if width > 0 else int(each[:1].sum())
+    if (each != expected).any():
+        at = int(np.flatnonzero(each != expected)[0])
+        raise BadData(f"{place} {lookup.lengths!r}", f"{each[at]} keys in sample {at}", f"{expected} in every sample")
 
 
 def _labels(place: str, array: NDArray[Any], samples: int) -> NDArray[np.int8]:

@@ -3,7 +3,7 @@
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,10 +34,11 @@ class Rows(NamedTuple):
         if drop_zero_rows:
             kept = np.concatenate([piece.any(axis=1) for piece in self._pieces()])
         keys = np.ascontiguousarray(self.keys[kept], "<u8")
-        np.save(directory / KEYS_FILE, keys)
+        with (directory / KEYS_FILE).open("wb") as file:  # numpy's own writing does not say that a disk is full
+            _write_header(file, "<u8", keys.shape)
+            file.write(keys.data)
         with (directory / ROWS_FILE).open("wb") as file:
-            shape = (keys.size, self.rows.shape[1])
-            np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": shape})
+            _write_header(file, "<f4", (keys.size, self.rows.shape[1]))
             at = 0
             for piece in self._pieces():
                 file.write(piece[kept[at : at + len(piece)]].data)
@@ -51,6 +52,11 @@ class Rows(NamedTuple):
             if self.padding is not None and start <= self.padding < start + len(piece):
                 piece[self.padding - start] = 0
             yield piece
+
+
+def _write_header(file: BinaryIO, dtype: str, shape: tuple[int, ...]) -> None:
+    """The start of an npy file."""
+    np.lib.format.write_array_header_1_0(file, {"descr": dtype, "fortran_order": False, "shape": shape})
 
 
 def build_cube(

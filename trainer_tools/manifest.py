@@ -12,12 +12,15 @@ from pathlib import Path, PurePosixPath
 from typing import Annotated, Literal, TypeVar
 
 import msgspec
+import numpy as np
+from numpy.typing import NDArray
 
 from cube.errors import BadData
 from cube.version import Version
 
 SIGNATURE_FILE, MANIFEST_FILE = "signature.json", "manifest.json"
 SCHEMA = 1
+DEFAULT_SIGNATURE = "serving_default"  # of programs that have one and do not name it: TensorFlow's name for that
 
 T = TypeVar("T", bound="_Strict")
 
@@ -63,6 +66,7 @@ class Signature(_Strict, frozen=True):
     program: str  # file beside this one
     sign: str  # rule that made the keys: cube.keys.SIGN_RULE
     lookups: list[TrainedLookup]
+    signature: str = DEFAULT_SIGNATURE
 
 
 class Tensor(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -82,6 +86,14 @@ class Program(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     parameters: str | None = None  # file or directory that holds what `file` does not; None: it holds all
 
 
+class SignVector(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A raw feature and its key, to tell whether who reads a manifest signs as who wrote it."""
+
+    slot: Annotated[int, msgspec.Meta(ge=0, le=(1 << 53) - 1)]  # a JSON number that every reader holds exactly
+    text: str  # its UTF-8 is the feature
+    key: Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{16}$")]  # hexadecimal: JavaScript rounds numbers above 2**53
+
+
 class Lookup(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """One lookup that was cut out: request inputs → rows of `table` → pooled per slot → program input `feed`."""
 
@@ -92,13 +104,25 @@ class Lookup(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     slots: Slots
     table: str
     pooling: Literal["mean", "sum", "max", "none"]  # of an empty slot: zeros; an absent key counts as a row of zeros
+    # Numbers that the program added to ids: the key of an id is id + added, modulo 2**64. One for all ids, or one for
+    # each id of a sample, in their order, and every sample has as many ids then. Only where keys are row numbers
+    added: list[Annotated[int, msgspec.Meta(ge=-(1 << 63), le=(1 << 63) - 1)]] = []
     weights: str | None = None  # request input FP32 [K]: each row is multiplied by its key's. With pooling "sum" only
     feed: str  # program input FP32 or FP16 [samples * slots, dim]; without pooling a row for each key, in their order
     # Only without pooling, where the program does what follows:
     feed_shape: list[int] | None = None  # [-1, ..., dim]; -1: samples, or with a lod_level all their keys
     lod_level: int = 0  # above 0: a sample may have any number of keys, and the program takes their lengths (LoD)
     arranged_from: list[str] = []  # inputs of the trained program that the keys were arranged from, if not one as it is
-    padding: int | None = None  # the key that stands for no key. Pooled: it is as if it were not there; else it reads 0
+    padding: int | None = None  # the key (`added` is in it) that stands for no key. Pooled: it is as if it were not
+    # there; else it reads 0
+
+    def looked_up(self, ids: NDArray[np.uint64]) -> NDArray[np.uint64]:
+        """The keys that a request's ids, or keys, stand for: with `added`, in the same shape."""
+        return _sums(ids, np.array(self.added, np.int64)) if self.added else ids
+
+    def asked(self, keys: NDArray[np.uint64]) -> NDArray[np.uint64]:
+        """The inverse: what a request holds where these keys are looked up."""
+        return _sums(keys, -np.array(self.added, np.int64)) if self.added else keys
 
 
 class Table(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -125,10 +149,21 @@ class Manifest(_Strict, frozen=True):
     source_sha256: str  # of the trained program
     tool: str  # what wrote this
     lod_levels: dict[str, int] = {}  # of inputs whose samples are sequences of different lengths (LoD)
+    alike: list[list[str]] = []  # groups of request inputs with lengths that have to be equal: what is joined by key
+    signature: str = DEFAULT_SIGNATURE  # what inputs and outputs are called together, as TensorFlow has several of them
+    sign_vectors: list[SignVector] = []  # golden vectors of `sign`; none: keys are ids, or an older tool wrote this
+
+    def ragged_lengths(self) -> dict[str, str]:
+        """Of each dense input that is ragged, the request input INT32 [samples] with its lengths."""
+        return {name: f"{name}.lengths" for name, level in self.lod_levels.items() if level}
 
     def table_versions(self) -> dict[str, tuple[Version, int]]:
         """Version and dim of each table."""
         return {name: (Version.parse(t.version, f"table {name!r}"), t.dim) for name, t in self.tables.items()}
+
+
+def _sums(ids: NDArray[np.uint64], added: NDArray[np.int64]) -> NDArray[np.uint64]:
+    return (ids.reshape(-1, added.size) + added.view(np.uint64)).reshape(ids.shape)
 
 
 def inside(directory: Path, name: str, place: str) -> Path:

@@ -1,25 +1,23 @@
-"""The proof of a pruned ONNX program: original against pruned + rows, both run by onnxruntime.
+"""For the proof of a pruned ONNX program: what the original and the pruned one compute, by onnxruntime.
 
 Both are run as their files stand: no rewriting of their graphs, one thread. Ids that the original arranges from several
 inputs are taken from itself, cut off at them.
 """
 
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from cube.client import LocalCube
 from cube.errors import BadData
 from trainer_tools.feeding import Run
-from trainer_tools.manifest import Tensor
+from trainer_tools.manifest import Manifest, Tensor
 from trainer_tools.programs.onnx_program import OnnxProgram
-from trainer_tools.programs.program import Lookup
-from trainer_tools.pruning import Difference, difference
-from trainer_tools.tables import Table
+from trainer_tools.proof import Expected, request_of
+from trainer_tools.prune_files import Cut, reads_of
 
 _DTYPES = {
     "BOOL": "?", "UINT8": "u1", "UINT16": "u2", "UINT32": "u4", "UINT64": "u8", "INT8": "i1", "INT16": "i2",
@@ -29,46 +27,34 @@ _LARGE = 64 << 20  # bytes of a program's file from which on its tables are mapp
 _UNKNOWN_SIZE = 4  # of dimensions, beyond the first, that the program leaves open
 
 
-class Cut(NamedTuple):
-    """A program cut in two."""
+def expected(cut: Cut[OnnxProgram], said: Manifest, samples: int) -> list[Expected]:
+    """What the original, as its file stands if that has all the outputs, computes of random samples.
 
-    program: OnnxProgram  # with its lookups
-    pruned: OnnxProgram  # without
-    lookups: Sequence[Lookup]  # that went
-    tables: Mapping[str, Table]  # their tables, by parameter
-
-
-def compare(original: OnnxProgram, cut: Cut, file: Path, cube: Path, samples: int) -> Difference:
-    """Largest difference of any output on random samples, between a program as it was trained and what is left of it.
-
-    original: as its file stands, if that has the outputs to compare. file: the pruned program, as it was written; cube:
-    directory with its tables. A program whose inputs have a fixed number of samples runs as often as it takes. Raises
-    BadData where onnxruntime cannot run one of them.
+    A program whose inputs have a fixed number of samples runs as often as it takes. Raises BadData where onnxruntime
+    cannot run it.
     """
     names = [tensor.name for tensor in cut.program.outputs()]
-    has_all = {value.name for value in original.model.graph.output}.issuperset(names)
-    given = list(_batches(original, cut.program, samples))
-    # one after the other: the first maps or holds every table, and so does the cube
-    before = _outputs(_original(original) if has_all else _written(cut.program), given, names)
-    if arranged := sorted({lookup.ids for lookup in cut.lookups} - {tensor.name for tensor in cut.program.inputs()}):
+    has_all = {value.name for value in cut.trained.model.graph.output}.issuperset(names)
+    size, given = _batches(cut.trained, cut.program, samples)
+    outputs = _outputs(_original(cut.trained) if has_all else _written(cut.program), given, names)
+    reads = reads_of(cut)
+    if arranged := sorted({name for name, _ in reads} - {tensor.name for tensor in cut.program.inputs()}):
         seen = _outputs(_written(cut.program.serving(arranged)), given, arranged)
         given = [batch | found for batch, found in zip(given, seen, strict=True)]
-    rows, feeds = LocalCube(cube), {lookup.feed for lookup in cut.lookups}
-    inputs = [tensor.name for tensor in cut.pruned.inputs() if tensor.name not in feeds]
-    fed = [
-        {name: batch[name] for name in inputs} | {k.feed: _rows(k, batch[k.ids], cut, rows) for k in cut.lookups}
-        for batch in given
+    rng = np.random.default_rng(1)
+    return [
+        Expected(size, request_of(said, reads, batch, size, rng), list(made.values()))
+        for batch, made in zip(given, outputs, strict=True)
     ]
-    worst = Difference()
-    for one, other in zip(before, _outputs(_Session(file), fed, names), strict=True):
-        for name in names:
-            worst = worst.or_larger(difference(one[name], other[name]))
-    return worst
 
 
-def runs(program: OnnxProgram, file: Path) -> Run:
-    """A pruned program, written to a file, as a function of arrays by name, which become what its inputs are."""
-    session, inputs, names = _Session(file), program.inputs(), [tensor.name for tensor in program.outputs()]
+def runs(program: OnnxProgram, directory: Path) -> Run:
+    """A pruned program, written in a directory, as a function of arrays by name, which become what its inputs are.
+
+    Raises BadData where onnxruntime cannot run it.
+    """
+    session = _Session(directory / program.path.name)
+    inputs, names = program.inputs(), [tensor.name for tensor in program.outputs()]
 
     def run(given: Mapping[str, NDArray[Any]]) -> list[NDArray[Any]]:
         feeds = {tensor.name: given[tensor.name].astype(_DTYPES[tensor.datatype]) for tensor in inputs}
@@ -108,7 +94,7 @@ class _Session:
 
     def _refused(self, error: Exception) -> BadData:
         found = f"onnxruntime could not run it ({next(iter(str(error).splitlines()), '')[:200]})"
-        return BadData(self._place, found, "a program it runs; --verify 0 writes without proof")
+        return BadData(self._place, found, "a program it runs, on any number of samples; or --verify 0")
 
 
 def _outputs(
@@ -131,18 +117,8 @@ def _written(program: OnnxProgram) -> _Session:
         return _Session(Path(scratch) / program.write(Path(scratch)))
 
 
-def _rows(lookup: Lookup, ids: NDArray[Any], cut: Cut, cube: LocalCube) -> NDArray[Any]:
-    """What a lookup answers, from the cube."""
-    table = cut.tables[lookup.table]
-    (feed,) = (tensor for tensor in cut.pruned.inputs() if tensor.name == lookup.feed)
-    flat = ids.astype(np.int64).ravel()
-    rows = cube.rows(table.name, None, table.keys[flat.clip(max=table.keys.size - 1)]).rows
-    rows = np.where((flat < table.keys.size)[:, None], rows, 0)
-    return rows.reshape(*ids.shape, lookup.dim).astype(_DTYPES[feed.datatype])
-
-
-def _batches(program: OnnxProgram, serving: OnnxProgram, samples: int) -> Iterator[dict[str, NDArray[Any]]]:
-    """Random inputs, of as many batches as make the samples.
+def _batches(program: OnnxProgram, serving: OnnxProgram, samples: int) -> tuple[int, list[dict[str, NDArray[Any]]]]:
+    """How many samples a run is of, and random inputs for as many runs as make the samples.
 
     Ids within the tables, repeats, the first and the last among them; other integers 0 or 1; floats from 0 to 1.
     Dimensions of one name have one size: `samples` if it is the first of an input, else a few.
@@ -150,10 +126,6 @@ def _batches(program: OnnxProgram, serving: OnnxProgram, samples: int) -> Iterat
     lookups, tensors, rng = serving.lookups(), program.inputs(), np.random.default_rng(0)
     # whatever reaches a lookup by ways we do not follow must be within its table too
     least = min([lookup.rows for lookup in lookups if lookup.obstacle and lookup.rows], default=1 << 31)
-    bound: dict[str, int] = {}
-    for lookup in lookups:
-        for name in [] if lookup.obstacle else serving.ids(lookup).inputs:
-            bound[name] = min(bound.get(name, least), lookup.rows or 1)
     sizes = {dim: samples for tensor in tensors for dim in program.dims(tensor.name)[:1] if isinstance(dim, str)}
     shapes = {}
     for tensor in tensors:
@@ -162,23 +134,47 @@ def _batches(program: OnnxProgram, serving: OnnxProgram, samples: int) -> Iterat
             varies = sizes.get(str(dim), _UNKNOWN_SIZE) if at == 0 or dim else _UNKNOWN_SIZE
             shape.append(dim if isinstance(dim, int) else varies)
         shapes[tensor.name] = shape
-    at_once = min((shapes[name][0] for name in bound if shapes[name]), default=1)
-    for _ in range(0, samples, max(1, at_once)):
-        yield {t.name: _random_array(t, shapes[t.name], bound.get(t.name), rng) for t in tensors}
+    bounds: dict[str, tuple[NDArray[np.int64], NDArray[np.int64]]] = {}
+    for lookup in lookups:
+        ids = None if lookup.obstacle else serving.ids(lookup)
+        for name in ids.inputs if ids else []:
+            low, high = _bounds(lookup.rows or 1, ids.added if ids else (), shapes[name][1:])
+            lowest, highest = bounds.get(name, (np.int64(0), np.int64(least)))
+            bounds[name] = np.maximum(low, lowest), np.minimum(high, highest)
+    size = max(1, min((shapes[name][0] for name in bounds if shapes[name]), default=1))
+    return size, [
+        {t.name: _random_array(t, shapes[t.name], bounds.get(t.name), rng) for t in tensors}
+        for _ in range(0, samples, size)
+    ]
 
 
-def _random_array(tensor: Tensor, shape: list[int], bound: int | None, rng: np.random.Generator) -> NDArray[Any]:
+def _bounds(rows: int, added: tuple[int, ...], inner: list[int]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The first id and the end of those that are within a table once something is added, for each id of a sample."""
+    more = np.array(added or (0,), np.int64)
+    if more.size == np.prod(inner, dtype=np.int64):
+        more = more.reshape(inner)
+    elif more.size > 1:
+        return np.maximum(0, -more.min()), rows - more.max()
+    return np.maximum(0, -more), rows - more
+
+
+def _random_array(
+    tensor: Tensor,
+    shape: list[int],
+    bounds: tuple[NDArray[np.int64], NDArray[np.int64]] | None,
+    rng: np.random.Generator,
+) -> NDArray[Any]:
     if tensor.datatype not in _DTYPES:
         raise BadData(f"proof, input {tensor.name}", tensor.datatype, f"{', '.join(_DTYPES)}; or --verify 0")
     dtype = np.dtype(_DTYPES[tensor.datatype])
     if tensor.datatype == "BYTES":
         return rng.integers(0, 10, shape).astype(str).astype(object)
-    if bound is None and dtype.kind == "f":
+    if bounds is None and dtype.kind == "f":
         return rng.random(shape).astype(dtype)
-    most = bound or 2
+    low, high = bounds or (np.int64(0), np.int64(2))
     if dtype.kind in "iu":
-        most = min(most, np.iinfo(dtype).max)
-    values = rng.integers(0, most, shape)
-    values[rng.random(shape) < 0.1] = 0
-    values[rng.random(shape) < 0.1] = most - 1
+        high = np.minimum(high, np.iinfo(dtype).max)
+    values = rng.integers(low, high, shape)
+    for edge in (low, high - 1):
+        values = np.where(rng.random(shape) < 0.1, edge, values)
     return values.astype(dtype)

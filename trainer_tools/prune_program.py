@@ -8,6 +8,7 @@ model/ with a torch.export program, signature.json and vocabularies, or with a P
 """
 
 import argparse
+import errno
 import importlib.util
 import sys
 from collections.abc import Sequence
@@ -18,15 +19,20 @@ import msgspec
 
 from cube.errors import BadData, ServingError
 from cube.rows import RowFormat
-from trainer_tools import manifest, prune_paddle
+from trainer_tools import manifest, prune_files, prune_paddle
 from trainer_tools.accuracy import Wanted
 from trainer_tools.export_rows import CUBE_DIRECTORY, ROWS_DIRECTORY
 from trainer_tools.programs.detect import format_of
 from trainer_tools.programs.program import MIN_ROWS, Candidate, Rules
 from trainer_tools.pruning import Options, Report, described, facts
 
+_REMEDIES = {
+    errno.ENOSPC: "a disk with more room", errno.EDQUOT: "a disk with more room", errno.EFBIG: "room for larger files",
+    errno.EACCES: "a place that you may write to", errno.EPERM: "a place that you may write to",
+    errno.EROFS: "a place that can be written to", errno.ENOTDIR: "a path whose parents are directories",
+}  # fmt: skip
 _NAMES = {"paddle": "a Paddle", "onnx": "an ONNX"}
-_WRITTEN = {"program.pt2", prune_paddle.PROGRAM_DIRECTORY, ROWS_DIRECTORY, CUBE_DIRECTORY, manifest.MANIFEST_FILE}
+_WRITTEN = {"program.pt2", prune_files.PROGRAM_DIRECTORY, ROWS_DIRECTORY, CUBE_DIRECTORY, manifest.MANIFEST_FILE}
 
 
 def prune(directory: Path, out: Path, options: Options = Options()) -> Report:  # noqa: B008 - immutable
@@ -59,8 +65,6 @@ def _steps(directory: Path, options: Options) -> _Steps:
     if form == "torch.export":
         from trainer_tools import prune_torch
 
-        if options.fetch:
-            raise BadData("--fetch", "a torch.export program", "a Paddle or an ONNX program")
         return prune_torch
     if options.verify_lines:
         raise BadData("--lines", f"{_NAMES[form]} program", "a torch.export program")
@@ -95,21 +99,44 @@ def main(argv: Sequence[str] | None = None) -> int:
     beside = directory if directory.name not in ("", "..") else directory.resolve()
     out = Path(args.out) if args.out else beside.parent / f"{beside.name}.pruned"
     try:
-        if args.dry_run:
-            return _dry_run(survey(directory, _options(args)), args.json)
-        report = prune(directory, out, _options(args))
         if args.svg:
-            Path(args.svg).write_text(report.picture, encoding="utf-8")
-    except (ServingError, OSError) as error:
+            _check_picture(Path(args.svg))
+        candidates = survey(directory, _options(args)) if args.dry_run else []
+        report = None if args.dry_run else prune(directory, out, _options(args))
+    except ServingError as error:
         print(f"prune-program: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        print(f"prune-program: {_not_written(error, out, '--out')}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("prune-program: interrupted, nothing was written", file=sys.stderr)
         return 130
+    if report is None:
+        return _dry_run(candidates, args.json)
     if args.json:
         print(report.json())
     print(report, file=sys.stderr if args.json else sys.stdout)
+    if args.svg:
+        try:
+            Path(args.svg).write_text(report.picture, encoding="utf-8")
+        except OSError as error:
+            print(f"prune-program: {_not_written(error, Path(args.svg), '--svg')}", file=sys.stderr)
+            return 1
     return 0
+
+
+def _check_picture(file: Path) -> None:
+    """Raise BadData where no picture can be written, before the work is done."""
+    if file.is_dir() or not file.parent.is_dir():
+        found = "a directory" if file.is_dir() else f"no directory {file.parent}"
+        raise BadData(f"--svg {file}", found, "a file in a directory that exists")
+
+
+def _not_written(error: OSError, place: Path, flag: str) -> BadData:
+    """An error of the operating system, with what to do about it."""
+    at = str(error.filename or place)
+    return BadData(at, error.strerror or error, f"{_REMEDIES.get(error.errno or 0, 'a place to write to')}: {flag}")
 
 
 def _dry_run(candidates: Sequence[Candidate], as_json: bool) -> int:
@@ -133,7 +160,7 @@ def _parser() -> argparse.ArgumentParser:
         "directory",
         metavar="DIR",
         help="trained model: a torch.export program (*.pt2), which signature.json may explain, a Paddle program "
-        "(__model__ or *.pdmodel) with its parameters, or an ONNX program (*.onnx, also named itself)",
+        "(__model__ or *.pdmodel) with its parameters, or an ONNX program (*.onnx); or the program's file itself",
     )
     parser.add_argument(
         "--out", metavar="DIR", help="where to write (default: DIR.pruned); what prune-program wrote there is replaced"
@@ -152,7 +179,7 @@ def _parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="NAME",
-        help="Paddle, ONNX: an output to serve, instead of the program's own; what it does not depend on goes",
+        help="an output to serve, instead of all of the program's; what it does not depend on goes",
     )
     parser.add_argument(
         "--vocabulary",

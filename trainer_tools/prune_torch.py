@@ -17,24 +17,25 @@ from cube.errors import BadData
 from cube.keys import SIGN_RULE
 from cube.publish import publishing
 from cube.version import Version
-from trainer_tools import accuracy, criteo, manifest, torch_proof
+from trainer_tools import accuracy, criteo, feeding, manifest, proof, torch_proof
 from trainer_tools.export_rows import CUBE_DIRECTORY
 from trainer_tools.feeding import Run
 from trainer_tools.manifest import Manifest
-from trainer_tools.programs import torch_export
+from trainer_tools.programs import servable, torch_export
 from trainer_tools.programs.program import Candidate, chosen, decide
 from trainer_tools.programs.torch_export import PROGRAM_FILE, TorchProgram
+from trainer_tools.proof import Expected
 from trainer_tools.pruning import Difference, Options, Report, drawn
-from trainer_tools.tables import are_row_numbers, build_cubes, write_rows
+from trainer_tools.tables import are_row_numbers, build_cubes, sign_vectors, write_rows
 from trainer_tools.torch_cuts import UNSIGNED, Cut, Trained, cuts_of, read, said_of
-from trainer_tools.torch_proof import Expected, Inputs, Keyed, Original
+from trainer_tools.torch_proof import Inputs, Keyed, Original
 
 _COLLECTED = 64 << 20  # bytes of a program that are worth the second that looking for it takes
 
 
 def survey(directory: Path, options: Options) -> list[Candidate]:
     """Which lookups would go, and why."""
-    return _decided(read(directory), options)
+    return _decided(_read(directory, options), options)
 
 
 def prune(directory: Path, out: Path, options: Options) -> Report:
@@ -59,6 +60,11 @@ def prune(directory: Path, out: Path, options: Options) -> Report:
     )
 
 
+def _read(directory: Path, options: Options) -> Trained:
+    trained = read(directory)
+    return trained._replace(program=trained.program.serving(options.fetch)) if options.fetch else trained
+
+
 class _Half(NamedTuple):
     """All that is asked of a trained program."""
 
@@ -70,11 +76,12 @@ class _Half(NamedTuple):
 
 def _halve(directory: Path, out: Path, draft: Path, options: Options) -> _Half:
     """Write what is left of the program, its rows and the manifest, and run the original."""
-    trained = read(directory)
+    trained = _read(directory, options)
     candidates = _decided(trained, options)
     lookups = chosen(candidates, str(trained.source))
     cuts = cuts_of(trained, lookups, options.vocabularies)
     pruned = trained.program.cut(lookups)
+    _check_inputs(trained.program, pruned)
     file = draft / pruned.write(draft)
     parameters = {cut.found.table: cut.table for cut in cuts}
     tables = write_rows(trained.program, parameters, {}, draft, Version(trained.version), options.drop_zero_rows)
@@ -104,6 +111,14 @@ def _halve(directory: Path, out: Path, draft: Path, options: Options) -> _Half:
     )
 
 
+def _check_inputs(program: TorchProgram, pruned: TorchProgram) -> None:
+    """Raise BadData where an input that is left cannot be parted by samples."""
+    left = {tensor.name for tensor in pruned.inputs()}
+    for tensor in program.inputs():
+        if tensor.name in left:
+            servable.check_input(tensor.name, program.shape(tensor.name), program.samples)
+
+
 def _decided(trained: Trained, options: Options) -> list[Candidate]:
     rules = options.rules
     if trained.signature is None:
@@ -128,6 +143,8 @@ def _noted(candidate: Candidate, cuts: Sequence[Cut], pruned: TorchProgram) -> C
         found = next(cut.found for cut in cuts if cut.found.name == lookup.name)
         if found.inputs != [found.called]:
             reason += f"; ids arranged from {', '.join(found.inputs)}"
+        if found.added not in ((), (0,)):
+            reason += f"; {', '.join(map(str, found.added))} added to ids"
         if lookup.table in pruned.program.state_dict:
             reason += "; the table stays too, for other ops read it"
     return candidate._replace(reason=reason)
@@ -138,7 +155,7 @@ def _manifest(
 ) -> Manifest:
     feeds = {cut.feed for cut in cuts}
     if trained.signature is None:
-        lookups = _lookups(trained.program, cuts, pruned)
+        lookups = _lookups(cuts, pruned)
         sign = SIGN_RULE if any(not are_row_numbers(cut.table.keys) for cut in cuts) else UNSIGNED
     else:
         lookups = [_said_lookup(cut, pruned, several=len(cuts) > 1) for cut in cuts]
@@ -156,12 +173,14 @@ def _manifest(
         cube=CUBE_DIRECTORY,
         source_sha256=manifest.sha256(trained.source),
         tool=manifest.tool(),
+        signature=trained.signature.signature if trained.signature else manifest.DEFAULT_SIGNATURE,
+        sign_vectors=sign_vectors(sign),
     )
     _check_names(result)
     return result
 
 
-def _lookups(program: TorchProgram, cuts: Sequence[Cut], pruned: TorchProgram) -> list[manifest.Lookup]:
+def _lookups(cuts: Sequence[Cut], pruned: TorchProgram) -> list[manifest.Lookup]:
     """What nobody but the program says: requests name keys as it names ids."""
     numbers = itertools.count()
     slots: dict[str, list[manifest.Slot]] = {}
@@ -173,7 +192,7 @@ def _lookups(program: TorchProgram, cuts: Sequence[Cut], pruned: TorchProgram) -
             taken, (found.called, f"{found.called}.keys", f"{found.name}.keys"), (found.ids, found.offsets)
         )
         if keys not in slots:
-            count = (torch_proof.slots_of(program, found) or 1) if found.offsets else 1
+            count = found.slots or 1
             names = [keys] if count == 1 else [f"{keys}.{slot}" for slot in range(count)]
             slots[keys] = [manifest.Slot(name, next(numbers)) for name in names]
         weights = _free_name(taken, (found.weights, f"{keys}.weights"), found.weights) if found.weights else ""
@@ -213,7 +232,16 @@ def _entry(
         feed_shape=None if is_bag else feed.shape,
         arranged_from=[] if found.inputs == [found.called] else found.inputs,
         padding=int(cut.table.keys[found.padding]) if has_key else None,
+        added=_added(cut, len(slots)),
     )
+
+
+def _added(cut: Cut, slots: int) -> list[int]:
+    """What makes keys of the ids of a request; where a vocabulary says the keys of rows, a request has these."""
+    added = list(cut.found.added)
+    if added in ([], [0]) or not are_row_numbers(cut.table.keys):
+        return []
+    return added * slots if cut.found.pooling != "none" and len(added) > 1 else added
 
 
 def _check_names(result: Manifest) -> None:
@@ -221,7 +249,12 @@ def _check_names(result: Manifest) -> None:
     meant: dict[str, object] = {tensor.name: tensor for tensor in result.inputs}
     for lookup in result.lookups:
         shape = lookup.lengths or (lookup.feed_shape or [])[:-1]
-        parts = {lookup.keys: shape, lookup.text: shape, lookup.lengths: lookup.lengths, lookup.weights: lookup.keys}
+        parts = {
+            lookup.keys: (shape, lookup.added),
+            lookup.text: shape,
+            lookup.lengths: lookup.lengths,
+            lookup.weights: lookup.keys,
+        }
         for name, meaning in parts.items():
             if name is not None and meant.setdefault(name, meaning) != meaning:
                 raise BadData(f"lookup {lookup.feed}", f"request input {name!r}, which is another's too", "other names")
@@ -240,7 +273,7 @@ def _compare(half: _Half, run: Run, cube: LocalCube, options: Options) -> tuple[
     compared, worst = 0, Difference()
     with tqdm(unit="sample", unit_scale=True, desc="compare", disable=not options.show_progress) as bar:
         for case in cases:
-            found = torch_proof.compare(case, run, half.manifest, lambda table, keys: cube.rows(table, None, keys).rows)
+            found = proof.compare(case, run, half.manifest, feeding.rows_in(cube), torch_proof.pool)
             worst = worst.or_larger(found)
             compared += case.samples
             bar.update(case.samples)

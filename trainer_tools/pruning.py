@@ -23,7 +23,7 @@ class Options:
     """What the user asked for, beyond the directory."""
 
     rules: Rules = field(default_factory=Rules)
-    fetch: Sequence[str] = ()  # outputs to serve, instead of those the program names; not torch
+    fetch: Sequence[str] = ()  # outputs to serve, instead of those the program names
     vocabularies: Mapping[str, Path] = field(default_factory=dict)  # table → file with the key of each row
     drop_zero_rows: bool = False
     wanted: Wanted = field(default_factory=Wanted)  # of the local cube: its row format, and what that may do to scores
@@ -67,10 +67,16 @@ def difference(one: NDArray[Any], other: NDArray[Any]) -> Difference:
             (a == b) | (np.isnan(a) & np.isnan(b)), 0, np.nan_to_num(np.abs(a - b), nan=np.inf, posinf=np.inf)
         )
         size = np.maximum(np.abs(a), np.abs(b))
-        step = np.spacing(size.astype(one.dtype)) if one.dtype.kind == "f" else np.ones(1)
+        step = _spacing(size.astype(one.dtype)) if one.dtype.kind == "f" else np.ones(1)
         ulps = np.where(np.isfinite(size), apart / step.astype(np.float64), apart)
         relative = np.where(np.isfinite(size), apart / np.maximum(1, size), apart)
     return Difference(float(apart.max()), float(ulps.max()), float(relative.max()))
+
+
+def _spacing(size: NDArray[Any]) -> NDArray[Any]:
+    """From numbers, not negative, to the next of their type; from the largest, to the one before."""
+    spacing: NDArray[Any] = np.spacing(np.minimum(size, np.nextafter(np.finfo(size.dtype).max, size.dtype.type(0))))
+    return spacing
 
 
 @dataclass(frozen=True)

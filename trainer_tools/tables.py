@@ -9,10 +9,18 @@ from numpy.typing import NDArray
 
 from cube.build import check_table_name
 from cube.errors import BadData
+from cube.keys import SIGN_RULE, signs_of
 from cube.version import Version
 from trainer_tools import manifest
 from trainer_tools.export_rows import ROWS_DIRECTORY, build_cube, read_vocabulary, rows_of
 from trainer_tools.programs.program import Lookup, TrainedProgram
+
+# Slots and texts that a wrong implementation signs otherwise: no text, more bytes than one word and than one block of
+# the hash, bytes above 127, a slot of no bits and one of many.
+_SIGNED = (
+    (0, ""), (1, "68fd1e64"), (26, "a"), (7, "0123456789abcdef" * 2), (9, "x" * 203), (65535, "élan"),
+    ((1 << 53) - 1, "日本語 click"),
+)  # fmt: skip
 
 
 class Table(NamedTuple):
@@ -46,6 +54,14 @@ def tables_of(lookups: Sequence[Lookup], vocabularies: Mapping[str, Path]) -> di
             found = f"another than that of {other!r}, which is read by the same ids"
             raise BadData(f"--vocabulary {lookup.table}", found, "one for both: a request has one key for an id")
     return tables
+
+
+def sign_vectors(sign: str) -> list[manifest.SignVector]:
+    """What a manifest shows of how keys are made. sign: as it says; "none": nothing."""
+    if sign != SIGN_RULE:
+        return []
+    keys = signs_of([slot for slot, _ in _SIGNED], [text.encode() for _, text in _SIGNED])
+    return [manifest.SignVector(slot, text, f"{key:016x}") for (slot, text), key in zip(_SIGNED, keys, strict=True)]
 
 
 def are_row_numbers(keys: NDArray[np.uint64]) -> bool:

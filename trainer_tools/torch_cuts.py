@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from cube import build
 from cube.errors import BadData
 from cube.keys import SIGN_RULE
-from trainer_tools import manifest, torch_proof
+from trainer_tools import manifest
 from trainer_tools.export_rows import read_vocabulary
 from trainer_tools.manifest import Signature, TrainedLookup
 from trainer_tools.programs import torch_export
@@ -29,11 +29,12 @@ class Trained(NamedTuple):
     source: Path
     program: TorchProgram
     signature: Signature | None
+    stem: str = ""  # of the file that was named
 
     @property
     def name(self) -> str:
         """Of the model."""
-        return self.signature.name if self.signature else self.directory.resolve().name
+        return self.signature.name if self.signature else self.stem or self.directory.resolve().name
 
     @property
     def version(self) -> int:
@@ -55,9 +56,14 @@ class Cut(NamedTuple):
     said: TrainedLookup | None  # by the trainer
 
 
-def read(directory: Path) -> Trained:
-    """The program, and what its trainer said of it."""
+def read(place: Path) -> Trained:
+    """The program in a directory, or in the file that is named, and what its trainer said of it."""
+    directory = place.parent if place.is_file() else place
     path = directory / manifest.SIGNATURE_FILE
+    if place.is_file() and place != path:
+        signature = manifest.read(Signature, path) if path.exists() else None
+        if signature is None or manifest.inside(directory, signature.program, f"{path} program") != place:
+            return Trained(directory, place, TorchProgram(torch_export.load(place)), None, place.stem)
     if not path.exists():
         found = sorted(directory.glob("*.pt2"))
         if len(found) != 1:
@@ -161,5 +167,6 @@ def _check(trained: Trained, cut: Cut, cuts: Sequence[Cut]) -> None:
         last = columns[-1] if len(columns) and isinstance(columns[-1], int) else 1
         if slots not in (1, last):
             raise BadData(f"{place} slots", slots, f"1, or {last} as ids have columns")
-    elif (bags := torch_proof.slots_of(trained.program, cut.found)) not in (None, slots):
-        raise BadData(f"{place} slots", slots, f"{bags} in signature.json: the program reads as many bags a sample")
+    elif cut.found.slots != slots:
+        expected = f"{cut.found.slots} in signature.json: the program reads as many bags a sample"
+        raise BadData(f"{place} slots", slots, expected)

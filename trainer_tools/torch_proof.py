@@ -17,12 +17,12 @@ from torch.export import ExportedProgram
 
 from cube.errors import BadData
 from trainer_tools import feeding
-from trainer_tools.feeding import Bags, Pooling, Request, RowsOf
+from trainer_tools.feeding import Bags, Pooling, Request
 from trainer_tools.manifest import Manifest
 from trainer_tools.programs import torch_export
 from trainer_tools.programs.torch_export import TorchProgram
 from trainer_tools.programs.torch_lookups import TorchLookup
-from trainer_tools.pruning import Difference, difference
+from trainer_tools.proof import Expected, keys_of
 
 Inputs = Mapping[str, torch.Tensor]  # of a program, by name
 
@@ -91,14 +91,6 @@ class Original:
         return reads
 
 
-class Expected(NamedTuple):
-    """What the original computes, and the request for the same, so that the original is not needed any more."""
-
-    samples: int
-    request: Request
-    outputs: list[NDArray[Any]]
-
-
 def expected(original: Original, manifest: Manifest, cut: Sequence[Keyed], samples: int) -> list[Expected]:
     """What the original computes of about as many samples, random ones."""
     rng = np.random.default_rng(1)
@@ -106,15 +98,6 @@ def expected(original: Original, manifest: Manifest, cut: Sequence[Keyed], sampl
         Expected(size, requested(original, manifest, cut, inputs, rng), original.run(inputs))
         for size, inputs in random_inputs(original, cut, samples)
     ]
-
-
-def compare(case: Expected, run: feeding.Run, manifest: Manifest, rows_of: RowsOf) -> Difference:
-    """Between the original, and the pruned program on rows of the keys that stand for its ids."""
-    after = run(feeding.feeds(manifest, case.request, rows_of, pool))
-    worst = Difference()
-    for one, other in zip(case.outputs, after, strict=True):
-        worst = worst.or_larger(difference(one, other))
-    return worst
 
 
 def requested(
@@ -126,7 +109,7 @@ def requested(
     for keyed, lookup in zip(cut, manifest.lookups, strict=True):
         read = reads[keyed.found.name]
         if lookup.keys not in request:  # lookups that share ids share keys, those that stand for none too
-            request[lookup.keys] = _keys(read.ids, keyed.keys, rng)
+            request[lookup.keys] = lookup.asked(keys_of(read.ids, keyed.keys, rng))
         if lookup.lengths is not None and read.offsets is not None:
             request[lookup.lengths] = np.diff(read.offsets).reshape(-1, len(lookup.slots)).astype(np.int32)
         if lookup.weights is not None and read.weights is not None:
@@ -174,19 +157,10 @@ def random_inputs(original: Original, cut: Sequence[Keyed], samples: int) -> Ite
         tensor.name: [_evaluated(size, sizes) for size in original.program.nodes[tensor.name].meta["val"].shape]
         for tensor in original.program.inputs()
     }
-    each, rng = _samples(original.program, sizes), np.random.default_rng(0)
+    each = next(size for symbol, size in sizes.items() if str(symbol) == original.program.samples)
+    rng = np.random.default_rng(0)
     for _ in range(min(_MOST_RUNS, -(-samples // each))):
         yield each, _filled(original, {keyed.found.name: keyed.keys.size for keyed in cut}, shapes, rng)
-
-
-def slots_of(program: TorchProgram, found: TorchLookup) -> int | None:
-    """How many bags a sample has; None if that cannot be told."""
-    counts = set()
-    for sizes in (_sizes(program, 11), _sizes(program, 17)):
-        bags = _evaluated(program.nodes[found.output].meta["val"].shape[0], sizes)
-        slots, rest = divmod(bags, _samples(program, sizes))
-        counts.add(None if rest or not slots else slots)
-    return counts.pop() if len(counts) == 1 else None
 
 
 def _sizes(program: TorchProgram, samples: int) -> dict[Any, int]:
@@ -203,9 +177,8 @@ def _sizes(program: TorchProgram, samples: int) -> dict[Any, int]:
         for size in shape:
             for symbol in [] if isinstance(size, int) else size.node.expr.free_symbols:
                 choose(symbol, _OTHER_SIZE)
-    counted = _sample_symbol(program, list(shapes.values()), sizes)
-    if counted is not None:
-        choose(counted, samples)
+    (counted,) = [symbol for symbol in sizes if str(symbol) == program.samples]  # or no lookup could be cut
+    choose(counted, samples)
     for found in program.found:
         if found.offsets and not found.is_even and not found.obstacle:
             bags = _evaluated(program.nodes[found.offsets].meta["val"].shape[0], sizes)
@@ -215,29 +188,6 @@ def _sizes(program: TorchProgram, samples: int) -> dict[Any, int]:
     return sizes
 
 
-def _sample_symbol(program: TorchProgram, shapes: Sequence[Any], sizes: Mapping[Any, int]) -> Any:
-    """The symbol that counts samples: first dimension of an input and of the outputs; None if their number is fixed."""
-    firsts = [_symbol(shape[0]) for shape in shapes if len(shape)]
-    known = list(dict.fromkeys([symbol for symbol in firsts if symbol is not None] + list(sizes)))
-    outputs = [output.shape[0] for output in _outputs(program) if output.ndim]
-    for symbol in known:
-        trials = [dict(sizes) | {symbol: samples} for samples in (11, 17)]
-        if all(_evaluated(size, trial) == trial[symbol] for size in outputs for trial in trials):
-            return symbol
-    return max(known, key=firsts.count, default=None)
-
-
-def _samples(program: TorchProgram, sizes: Mapping[Any, int]) -> int:
-    """How many samples a run with these sizes is of."""
-    return next((max(1, _evaluated(out.shape[0], sizes)) for out in _outputs(program) if out.ndim), 1)
-
-
-def _outputs(program: TorchProgram) -> list[torch.Tensor]:
-    """The outputs, as the graph describes them."""
-    (values,) = program.nodes["output"].args
-    return [value.meta["val"] for value in values]  # type: ignore[union-attr]  # outputs_of has looked
-
-
 def _symbol(size: Any) -> Any:
     """The symbol that a size is, if it is nothing else."""
     return None if isinstance(size, int) or not size.node.expr.is_symbol else size.node.expr
@@ -245,17 +195,6 @@ def _symbol(size: Any) -> Any:
 
 def _evaluated(size: Any, sizes: Mapping[Any, int]) -> int:
     return size if isinstance(size, int) else int(size.node.expr.subs(sizes))
-
-
-def _keys(ids: NDArray[np.int64], keys: NDArray[np.uint64], rng: np.random.Generator) -> NDArray[np.uint64]:
-    """The keys that stand for ids; for ids without a key, ones that nothing is kept under."""
-    made: NDArray[np.uint64] = keys[np.clip(ids, 0, keys.size - 1)]
-    unknown = (ids < 0) | (ids >= keys.size)
-    if unknown.any():
-        strange = rng.integers(0, 1 << 64, 4 * np.count_nonzero(unknown) + 64, dtype=np.uint64)
-        strange = strange[~np.isin(strange, keys)]
-        made[unknown] = rng.choice(strange, np.count_nonzero(unknown))
-    return made
 
 
 def _arrangement(program: ExportedProgram, lookups: Sequence[TorchLookup]) -> Any:
@@ -292,7 +231,8 @@ def _filled(
             for tensor, start, count in zip(inputs, starts, counts, strict=False)
         }
     )
-    _fill_ids(original, elements, keys, whole, rng)
+    zeros = {tensor.name: torch.zeros(shapes[tensor.name], dtype=torch.int64) for tensor in inputs}
+    _fill_ids(original, elements, original.arranged(zeros), keys, whole, rng)
     _fill_offsets(original, elements, whole, rng)
     dtypes = {name: dtype for dtype, name in torch_export.DATATYPES.items()}
     return {
@@ -306,28 +246,38 @@ def _filled(
 def _fill_ids(
     original: Original,
     elements: Mapping[str, Read],
+    added: Mapping[str, Read],
     keys: Mapping[str, int],
     whole: NDArray[np.float64],
     rng: np.random.Generator,
 ) -> None:
-    """Ids within every table they are read from: any, and a share each of the first, padding, those without a key."""
-    most = np.full(whole.size, np.iinfo(np.int64).max)
+    """Ids within every table they are read from: any, and a share each of the first, padding, those without a key.
+
+    elements, added: what lookups read of the elements' numbers, and of zeros, which is what is added to ids.
+    """
+    least, most = np.zeros(whole.size, np.int64), np.full(whole.size, np.iinfo(np.int64).max)
     rows = {
         found.name: len(torch_export.parameter(original.program.program, found.table)) for found in original.lookups
     }
+    reads = {}
     for found in original.lookups:
-        read = elements[found.name].ids.ravel()
-        most[read] = np.minimum(most[read], rows[found.name])
+        more = added[found.name].ids.ravel()
+        reads[found.name] = read, more = elements[found.name].ids.ravel() - more, more
+        least[read] = np.maximum(least[read], -more)
+        most[read] = np.minimum(most[read], rows[found.name] - more)
+    least = np.minimum(least, most - 1)
     bounded = np.flatnonzero(most < np.iinfo(np.int64).max)
-    whole[bounded] = rng.integers(0, most[bounded])
+    whole[bounded] = rng.integers(least[bounded], most[bounded])
     for found in original.lookups:
-        read = elements[found.name].ids.ravel()
+        read, more = reads[found.name]
         ranges = [(0, 3), (keys.get(found.name, rows[found.name]), rows[found.name])]
         ranges += [] if found.padding is None else [(found.padding, found.padding + 1)]
         for low, high in ranges:
-            some = read[rng.random(read.size) < _SHARE]
+            is_some = rng.random(read.size) < _SHARE
+            some = read[is_some]
             if low < high:
-                whole[some] = np.minimum(rng.integers(low, high, some.size), most[some] - 1)
+                ids = rng.integers(low, high, some.size) - more[is_some]
+                whole[some] = np.clip(ids, least[some], most[some] - 1)
 
 
 def _fill_offsets(

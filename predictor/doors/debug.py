@@ -9,21 +9,22 @@ GET /v2/health/ready         200: it wants requests, too; else 503
 import re
 from urllib.parse import parse_qsl
 
-from cube.errors import BadRequest, Overloaded
+from cube.errors import BadRequest
 from cube.rpc.router import Request, Response, Router
+from predictor.doors.at_once import AtOnce
 from predictor.profile.metrics import CONTENT_TYPE, Metrics
 from predictor.profile.timeline import record
 from predictor.service import InferenceService
 
 MOST_SECONDS = 60
-_AT_ONCE = 4  # recordings
 
 
 class DebugDoor:
     """Handlers of plain HTTP. Owned by the event loop."""
 
     def __init__(self, service: InferenceService, metrics: Metrics):
-        self._service, self._metrics, self._recording = service, metrics, 0
+        self._service, self._metrics = service, metrics
+        self._recordings = AtOnce("/debug/trace: recordings", 4)
 
     def add_to(self, router: Router) -> None:
         """Answer there from now on. The router has /healthz and /readyz by the time it serves."""
@@ -38,13 +39,8 @@ class DebugDoor:
 
     async def _trace(self, request: Request) -> Response:
         seconds = _seconds(request.query)
-        if self._recording >= _AT_ONCE:
-            raise Overloaded(f"/debug/trace: {self._recording} recordings are being made, at most {_AT_ONCE} may")
-        self._recording += 1
-        try:
+        with self._recordings.one():
             return Response(body=await record(self._service.services.values(), seconds), compress=True)
-        finally:
-            self._recording -= 1
 
 
 def _seconds(query: str) -> float:

@@ -18,15 +18,17 @@ import asyncio
 import importlib.metadata
 import math
 import time
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Any
 
 import msgspec
 
 from cube.errors import BadRequest, DeadlineExceeded, Unimplemented
-from cube.rpc.calls import Buffer, Call
+from cube.rpc.calls import Buffer, Call, Field
 from cube.rpc.router import HttpError, Request, Response, Router
 from predictor.doors import json_numbers
+from predictor.doors.at_once import AtOnce
 from predictor.doors.json_tensors import elements, first_of, numbers, of_instances, rows_of, value_of
 from predictor.ops.op import Ragged
 from predictor.service import Answer, InferenceService, Service
@@ -72,7 +74,7 @@ class RestDoor:
     """Handlers of HTTP requests."""
 
     def __init__(self, service: InferenceService):
-        self._service = service
+        self._service, self._debugged = service, AtOnce("/NAME/debug: answers", 4)
         json_numbers.warm()
         version = importlib.metadata.version("cube-serving")
         self._about = Response(
@@ -121,10 +123,7 @@ class RestDoor:
             inputs, priority = _inputs(asked, raw), _priority(asked)
         wanted = [output.name for output in asked.outputs]
         call = _call(request, asked.parameters.get("timeout"))
-        answer = service.infer(inputs, wanted, call, priority)
-        if not isinstance(answer, Answer):
-            return _later(asked, _within(call, answer))
-        return _later(asked, _there(answer)) if _is_long(answer) else _reply(asked, answer)
+        return _within(call, service.infer(inputs, wanted, call, priority, then=_unless_long(partial(_reply, asked))))
 
     # ---- the ancestor's ----
 
@@ -133,14 +132,12 @@ class RestDoor:
         with service.counts.reading:
             inputs = _of_instances(service, request)
         call = _call(request)
-        answer = service.infer(inputs, (), call)
-        if not isinstance(answer, Answer):
-            return _predictions_later(_within(call, answer))
-        return _predictions_later(_there(answer)) if _is_long(answer) else _predictions(answer)
+        return _within(call, service.infer(inputs, (), call, then=_unless_long(_predictions)))
 
     async def _debug(self, request: Request) -> Response:
         service = self._asked(request)
-        told = await service.debug(_of_instances(service, request), _call(request))
+        with self._debugged.one():  # no batcher bounds them
+            told = await service.debug(_of_instances(service, request), _call(request))
         for nodes in told.values():
             for node in nodes.values():
                 node["outputs"] = {name: _shown(name, value) for name, value in node["outputs"].items()}
@@ -158,7 +155,18 @@ def _call(request: Request, timeout_us: Any = None) -> Call:
     deadline = request.deadline
     if left_s < math.inf:
         deadline = min(time.monotonic() + left_s, math.inf if deadline is None else deadline)
-    return Call(request.path, tuple(request.headers.items()), deadline, request.peer)
+    return _HttpCall(request, deadline)
+
+
+class _HttpCall(Call):
+    """A call whose metadata are the headers, if somebody asks for them."""
+
+    def __init__(self, request: Request, deadline: float | None):
+        super().__init__(request.path, None, deadline, request.peer)
+        self._headers = request.headers
+
+    def _decoded(self) -> tuple[Field, ...]:
+        return tuple(self._headers.items())
 
 
 def _positive(place: str, given: Any, unit: str) -> int:
@@ -167,15 +175,32 @@ def _positive(place: str, given: Any, unit: str) -> int:
     return given
 
 
-async def _within(call: Call, answer: Awaitable[Answer]) -> Answer:
+_Made = Response | Callable[[], Response]  # a response, or how to write one that takes long
+
+
+def _unless_long(write: Callable[[Answer], Response]) -> Callable[[Answer], _Made]:
+    """Write a response at once; if that takes long, not yet."""
+    return lambda answer: partial(write, answer) if _is_long(answer) else write(answer)
+
+
+def _within(call: Call, made: _Made | Awaitable[_Made]) -> Response | Awaitable[Response]:
+    if isinstance(made, Response):
+        return made
+    return asyncio.to_thread(made) if callable(made) else _later(call, made)
+
+
+async def _later(call: Call, made: Awaitable[_Made]) -> Response:
     """Nobody is kept waiting after the deadline: there is nobody else who would end it here."""
     if call.deadline is None:
-        return await answer
-    try:
-        async with asyncio.timeout(max(call.deadline - time.monotonic(), 0)):
-            return await answer
-    except TimeoutError as error:
-        raise DeadlineExceeded(f"{call.path}: no answer in time") from error
+        there = await made
+    else:
+        try:
+            async with asyncio.timeout(max(call.deadline - time.monotonic(), 0)):
+                there = await made
+        except TimeoutError as error:
+            raise DeadlineExceeded(f"{call.path}: no answer in time") from error
+    # In a thread, in pieces, so that the loop may have the interpreter in between.
+    return there if isinstance(there, Response) else await asyncio.to_thread(there)
 
 
 # ---- what was asked ----
@@ -251,16 +276,6 @@ def _of_instances(service: Service, request: Request) -> dict[str, Any]:
 # ---- what is answered ----
 
 
-async def _later(asked: _Infer, answer: Awaitable[Answer]) -> Response:
-    made = await answer
-    # In a thread, in pieces, so that the loop may have the interpreter in between.
-    return await asyncio.to_thread(_reply, asked, made) if _is_long(made) else _reply(asked, made)
-
-
-async def _there(answer: Answer) -> Answer:
-    return answer
-
-
 def _is_long(answer: Answer) -> bool:
     return sum(numbers(value) for value in answer.tensors().values()) > _NUMBERS_ON_LOOP
 
@@ -289,11 +304,6 @@ def _reply(asked: _Infer, answer: Answer) -> Response:
         return Response(body=b"".join(pieces), compress=True)
     length = sum(map(len, pieces))
     return Response(body=[*pieces, *raw], content_type="application/octet-stream", headers=[(JSON_LENGTH, str(length))])
-
-
-async def _predictions_later(answer: Awaitable[Answer]) -> Response:
-    made = await answer
-    return await asyncio.to_thread(_predictions, made) if _is_long(made) else _predictions(made)
 
 
 def _predictions(answer: Answer) -> Response:

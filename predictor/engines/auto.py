@@ -1,4 +1,8 @@
-"""Which of several engines for one program: the fastest that agrees with the first."""
+"""Which of several engines for one program: the fastest that agrees with the first.
+
+They are timed when they are opened, on requests that are made up; or, where requests were recorded, when these have
+gone through the workflow, on what then reached the net (`Undecided`).
+"""
 
 import logging
 import math
@@ -21,6 +25,7 @@ RTOL, ATOL = 1e-4, 1e-5
 # be another one at every start.
 LEAST_GAIN = 0.05
 _RUNS, _AT_MOST_S = 15, 0.5  # of each engine on each of the requests
+_MOST_RECORDED = 16  # runs that engines are timed on
 
 
 class Candidate(NamedTuple):
@@ -41,21 +46,59 @@ def fastest(
     candidate that opens is what the others are held to: one that answers otherwise, beyond RTOL and ATOL, is dropped
     with a warning. Raises what the first candidate raised if none opens.
     """
-    opened, failures = _opened(candidates)
-    if not opened:
-        raise failures[0]
-    first = opened[0][1]
+    opened = _opened(candidates)
+    return _fastest(opened, requests(opened[0][1]) if len(opened) > 1 else [], clock)
+
+
+class Undecided:
+    """The first of several engines, until `decide` has timed all of them on what it was given meanwhile."""
+
+    def __init__(self, candidates: Sequence[Candidate], clock: Callable[[], float] = time.perf_counter):
+        """Raises what the first candidate raised if none opens."""
+        self._opened, self._clock = _opened(candidates), clock
+        self._feeds: list[Sequence[Feed]] = []
+        self._take(self._opened[0][1])
+        self.run: Callable[[Sequence[Feed]], list[Any]] = self._noting
+
+    def decide(self) -> None:
+        """Be the fastest from now on; the others are closed. Without a run before it, the first. No run may be under
+        way."""
+        best = _fastest(self._opened, self._feeds, self._clock)
+        self._opened, self._feeds = [("", best)], []
+        self._take(best)
+        self.run = best.run
+
+    def close(self) -> None:
+        """See Engine."""
+        for _, engine in self._opened:
+            engine.close()
+
+    def _take(self, engine: Engine) -> None:
+        self.platform, self.inputs, self.outputs = engine.platform, engine.inputs, engine.outputs
+        self.lod_levels = engine.lod_levels
+
+    def _noting(self, feeds: Sequence[Feed]) -> list[Any]:
+        made = self._opened[0][1].run(feeds)
+        if len(self._feeds) < _MOST_RECORDED:
+            self._feeds.append(feeds)
+        return made
+
+
+def _fastest(
+    opened: Sequence[tuple[str, Engine]], feeds: Sequence[Sequence[Feed]], clock: Callable[[], float]
+) -> Engine:
+    """feeds: of runs; with none of them it is the first engine."""
+    first_name, first = opened[0]
     if len(opened) == 1:
         return first
-    feeds = requests(first)
     try:
         wanted = [first.run(each) for each in feeds]
     except ServingError as error:
-        log.warning("engine %s is used untimed: %s", opened[0][0], error)
+        log.warning("engine %s is used untimed: %s", first_name, error)
         _close_all_but(first, opened)
         return first
     seconds: dict[str, list[float]] = {}
-    best, best_name, best_s = first, "", math.inf
+    best, best_name, best_s = first, first_name, math.inf
     for name, engine in opened:
         if engine is not first and (why := _disagreement(engine, feeds, wanted)):
             log.warning("engine %s is not used: %s", name, why)
@@ -63,10 +106,19 @@ def fastest(
         seconds[name] = [_median_s(engine, each, clock) for each in feeds]
         if sum(seconds[name]) < best_s * (1 - LEAST_GAIN):
             best, best_name, best_s = engine, name, sum(seconds[name])
+    rows = ", ".join(str(_rows_of(each)) for each in feeds)
     table = "; ".join(f"{name} {' + '.join(f'{1e6 * s:.0f}' for s in each)} µs" for name, each in seconds.items())
-    log.info("engine %s chosen: %s", best_name, table)
+    log.info("engine %s chosen, by runs of %s rows: %s", best_name, rows or "no", table)
     _close_all_but(best, opened)
     return best
+
+
+def _rows_of(feeds: Sequence[Feed]) -> int:
+    """Rows of a run's first input, 1 where there is none."""
+    if not feeds:
+        return 1
+    first = feeds[0]
+    return first[1].size - 1 if isinstance(first, tuple) else first.shape[0] if first.ndim else 1
 
 
 def _close_all_but(kept: Engine, opened: Sequence[tuple[str, Engine]]) -> None:
@@ -75,16 +127,25 @@ def _close_all_but(kept: Engine, opened: Sequence[tuple[str, Engine]]) -> None:
             engine.close()
 
 
-def _opened(candidates: Sequence[Candidate]) -> tuple[list[tuple[str, Engine]], list[ServingError]]:
+def _opened(candidates: Sequence[Candidate]) -> list[tuple[str, Engine]]:
+    """Those that can be had here, and take and make what the first of them does; at least one."""
     opened: list[tuple[str, Engine]] = []
     failures: list[ServingError] = []
     for name, open_candidate in candidates:
         try:
-            opened.append((name, open_candidate()))
+            engine = open_candidate()
         except ServingError as error:
             log.info("engine %s is not used: %s", name, error)
             failures.append(error)
-    return opened, failures
+            continue
+        if opened and (engine.inputs, engine.outputs) != ((first := opened[0][1]).inputs, first.outputs):
+            log.warning("engine %s is not used: its inputs or outputs are not those of %s", name, opened[0][0])
+            engine.close()
+            continue
+        opened.append((name, engine))
+    if not opened:
+        raise failures[0]
+    return opened
 
 
 def _disagreement(engine: Engine, requests: Sequence[Sequence[Feed]], wanted: Sequence[Sequence[NDArray[Any]]]) -> str:

@@ -1,7 +1,5 @@
 """A Python function as a dense net: arrays in, arrays out."""
 
-import importlib
-import re
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -10,10 +8,9 @@ from numpy.typing import NDArray
 
 from cube.errors import BadConfig, Internal, OutOfMemory
 from predictor.engines.engine import Feed
+from predictor.named import imported
 from predictor.tensors import DTYPES, shape_text
 from trainer_tools.manifest import Tensor
-
-_TARGET = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*", re.ASCII)
 
 
 class CallableEngine:
@@ -29,18 +26,12 @@ class CallableEngine:
 
     def __init__(self, target: str, inputs: Sequence[Tensor], outputs: Sequence[Tensor]):
         """Import the function; raises BadConfig. What the module does when it is imported happens now."""
-        if not _TARGET.fullmatch(target):
-            raise BadConfig("callable", repr(target), "module:function")
         for tensor in (*inputs, *outputs):
             if tensor.datatype not in DTYPES:
                 raise BadConfig(f"callable {target} {tensor.name!r}", tensor.datatype, f"one of {', '.join(DTYPES)}")
-        module, _, name = target.partition(":")
-        try:
-            function = getattr(importlib.import_module(module), name, None)
-        except Exception as error:  # the module's own code runs here
-            raise BadConfig(f"callable {target}", f"{type(error).__name__}: {error}", "a module to import") from error
+        function = imported(target, f"callable {target}", "function")
         if not callable(function):
-            raise BadConfig(f"callable {target}", f"no function {name!r}", f"one in module {module}")
+            raise BadConfig(f"callable {target}", f"a {type(function).__name__}", "a function")
         self.inputs, self.outputs = list(inputs), list(outputs)
         self._function, self._target = function, target
 

@@ -2,14 +2,14 @@
 
 import importlib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
 from cube.errors import BadConfig
-from predictor.engines.auto import Candidate, fastest
-from predictor.engines.engine import Engine, Feed
+from predictor.engines.auto import Candidate, Undecided, fastest
+from predictor.engines.engine import Engine
 from predictor.engines.warm_up import SAMPLES, random_feeds
 
 Choice = Literal["AUTO", "TORCH", "ONNXRUNTIME", "PADDLE"]
@@ -39,40 +39,58 @@ def open_engine(
     device: str = "cpu",
     threads: int = 1,
     compile: str = "none",
-    warm_up: Sequence[Sequence[Feed]] = (),
+    memory_limit_mb: int = 0,
+    also: Sequence[tuple[Path, str]] = (),
+    undecided: bool = False,
 ) -> Engine:
     """An engine with a program loaded. Raises BadData, and BadConfig for what does not fit or is not to be had here.
 
-    program: its file; parameters lie beside it. format: as in a manifest. engine: the one for the format, or AUTO,
-    which times all that can run the program with these settings on `warm_up` (made up if empty) and keeps the fastest
-    that agrees. device: "cpu" or "cuda:N". threads: of one run. compile: "aot" compiles a torch.export program first,
-    see torch_aot_engine.
+    program: its file; parameters lie beside it. format: as in a manifest. engine: the one for a format, or AUTO, which
+    times all that can run the program with these settings and keeps the fastest that agrees with the first. device:
+    "cpu" or "cuda:N". threads: of one run. compile: "aot" compiles a torch.export program first, see torch_aot_engine.
+    memory_limit_mb: of runs, where the engine has such a thing; 0: none. also: the same program in other formats, and
+    which. undecided: AUTO waits for requests (`predictor.engines.auto.Undecided`), unless there is nothing to choose.
     """
-    kind = _KINDS.get(format)
-    if kind is None:
-        raise BadConfig(str(program), f"a program of format {format!r}", " or ".join(_KINDS))
+    forms = [(program, format), *also]
+    for file, each in forms:
+        if each not in _KINDS:
+            raise BadConfig(str(file), f"a program of format {each!r}", " or ".join(_KINDS))
     _check("engine", engine, get_args(Choice))
     _check("compile", compile, get_args(Compile))
-    if engine not in ("AUTO", kind.choice):
-        raise BadConfig("engine", f"{engine} for {program}", f"{kind.choice} or AUTO, for a {format} program")
-    if compile != "none" and format != "torch.export":
+    if engine != "AUTO":
+        kinds = [_KINDS[each].choice for _, each in forms]
+        if engine not in kinds:
+            expected = f"{' or '.join(kinds)} or AUTO, for a {format} program"
+            raise BadConfig("engine", f"{engine} for {program}", expected)
+        forms = [form for form, kind in zip(forms, kinds, strict=True) if kind == engine]
+    if compile != "none" and all(each != "torch.export" for _, each in forms):
         raise BadConfig("compile", f"{compile!r} for {program}", f"none, for a {format} program")
     if not re.fullmatch(r"cpu|cuda:[0-9]{1,3}", device):
         raise BadConfig("device", repr(device), "cpu or cuda:N")
     if threads < 1:
         raise BadConfig("threads", threads, "1 or more")
-    made = partial(_made, kind, program, device=device, threads=threads)
-    if format == "torch.export":
-        candidates = [Candidate("torch", partial(made, "torch_engine", "TorchEngine"))]
-        if compile == "aot":
-            candidates.append(Candidate("torch, compiled", partial(made, "torch_aot_engine", "TorchAotEngine")))
-    elif format == "onnx":
-        candidates = [Candidate("onnxruntime", partial(made, "onnx_engine", "OnnxEngine"))]
-    else:
-        candidates = [Candidate("paddle", partial(made, "paddle_engine", "PaddleEngine"))]
-    if engine != "AUTO":
+    if memory_limit_mb < 0:
+        raise BadConfig("memory_limit_mb", memory_limit_mb, "0 (none) or more")
+    settings = {"device": device, "threads": threads, "memory_limit_mb": memory_limit_mb}
+    candidates = [one for file, each in forms for one in _candidates(file, each, compile, settings)]
+    if engine != "AUTO" or len(candidates) == 1:
         return candidates[-1].open()
-    return fastest(candidates, lambda first: warm_up or [random_feeds(first, samples) for samples in SAMPLES])
+    if undecided:
+        return Undecided(candidates)
+    return fastest(candidates, lambda first: [random_feeds(first, samples) for samples in SAMPLES])
+
+
+def _candidates(program: Path, format: str, compile: str, settings: Mapping[str, Any]) -> list[Candidate]:
+    """What may run a program, what costs least to open first."""
+    made = partial(_made, _KINDS[format], program, **settings)
+    if format == "onnx":
+        return [Candidate("onnxruntime", partial(made, "onnx_engine", "OnnxEngine"))]
+    if format == "paddle":
+        return [Candidate("paddle", partial(made, "paddle_engine", "PaddleEngine"))]
+    candidates = [Candidate("torch", partial(made, "torch_engine", "TorchEngine"))]
+    if compile == "aot":
+        candidates.append(Candidate("torch, compiled", partial(made, "torch_aot_engine", "TorchAotEngine")))
+    return candidates
 
 
 def _made(kind: _Kind, program: Path, module: str, name: str, **settings: Any) -> Engine:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from cube.errors import BadConfig, BadData, BadRequest, OutOfMemory
 from predictor.engines.engine import FITTING, Feed, place_of
+from predictor.tensors import check_alike
 from trainer_tools.programs import paddle as paddle_programs
 
 _DATATYPES = ("BOOL", "UINT8", "INT8", "INT32", "INT64", "FP16", "FP32", "FP64")  # that Paddle takes from numpy
@@ -25,11 +26,13 @@ class PaddleEngine:
 
     platform = "paddle"
 
-    def __init__(self, program: Path, *, device: str = "cpu", threads: int = 1):
+    def __init__(self, program: Path, *, device: str = "cpu", threads: int = 1, memory_limit_mb: int = 0):
         """The program in a file, its parameters beside it, as prune-program or Paddle wrote them.
 
         threads: of one run. Raises BadConfig without Paddle, BadData.
         """
+        if memory_limit_mb:
+            raise BadConfig("memory_limit_mb", f"{memory_limit_mb} for Paddle", "0: Paddle has no limit that it keeps")
         self._place = place_of(program)
         read = paddle_programs.load(program.parent)
         if read.path != program:
@@ -42,7 +45,7 @@ class PaddleEngine:
                 raise BadData(f"{program} {tensor.name!r}", tensor.datatype, f"one of {', '.join(_DATATYPES)}")
             if self.lod_levels.get(tensor.name, 0) > 1:
                 raise BadData(f"{program} {tensor.name!r}", "sequences of sequences", "sequences (LoD level 1) at most")
-        self._rows = _rows_of_ids(read)
+        self._rows, self._alike, self._takes_empty = _rows_of_ids(read), read.alike(), read.takes_empty()
         inference = _paddle_inference(str(program))
         parameters = program.parent / read.combined if read.combined else None
         config = inference.Config(*map(str, (program, parameters) if parameters else (program.parent,)))
@@ -71,12 +74,37 @@ class PaddleEngine:
         for tensor, feed in zip(self.inputs, feeds, strict=True):
             if tensor.name in self._rows:
                 _check_ids(feed[0] if isinstance(feed, tuple) else feed, self._rows[tensor.name], tensor.name)
+        lengths = {t.name: np.diff(f[1]) for t, f in zip(self.inputs, feeds, strict=True) if isinstance(f, tuple)}
+        check_alike(self._alike, lengths)
+        if self._takes_empty or all(each.all() for each in lengths.values()):
+            return self._computed(feeds)
+        return self._without_empty(feeds, list(lengths.values()))
+
+    def _without_empty(self, feeds: Sequence[Feed], lengths: Sequence[NDArray[np.int64]]) -> list[Any]:
+        """Outputs of a program that cannot be given empty sequences: they are left out, and put back where they were.
+
+        That is possible where everything is a sequence, and empty wherever any other of its sample is.
+        """
+        is_full = np.all([each > 0 for each in lengths], axis=0)
+        every = (*self.inputs, *self.outputs)
+        if any(t.name not in self.lod_levels for t in every) or any((each[~is_full] > 0).any() for each in lengths):
+            found = f"an empty sequence in sample {np.flatnonzero(~is_full)[0]}"
+            raise BadRequest(self._place, found, "values in each: Paddle's recurrent ops go wrong without")
+        if not is_full.any():
+            one = [(np.zeros((1, *feed[0].shape[1:]), feed[0].dtype), np.array([0, 1])) for feed in feeds]
+            return [(values[:0], np.zeros(is_full.size + 1, np.int64)) for values, _ in self._computed(one)]
+        kept = np.concatenate([[True], is_full])
+        made = self._computed([(feed[0], feed[1][kept]) for feed in feeds])
+        return [(values, offsets[np.cumsum(kept) - 1]) for values, offsets in made]
+
+    def _computed(self, feeds: Sequence[Feed]) -> list[Any]:
+        """Outputs as Paddle makes them."""
         predictor = self._taken()
         try:
             for tensor, feed in zip(self.inputs, feeds, strict=True):
                 handle = predictor.get_input_handle(tensor.name)
                 if isinstance(feed, tuple):
-                    handle.copy_from_cpu(_padded(*feed))
+                    handle.copy_from_cpu(paddle_programs.padded(*feed))
                     handle.set_lod([feed[1].tolist()])
                 else:
                     handle.copy_from_cpu(feed)
@@ -135,17 +163,6 @@ def _check_ids(ids: NDArray[Any], rows: int, name: str) -> None:
     if ids.size and not (ids.min() >= 0 and ids.max() < rows):
         outside = ids[(ids < 0) | (ids >= rows)]
         raise BadRequest(f"input {name!r}", f"id {outside.flat[0]}", f"0 to {rows - 1}: the rows of its table")
-
-
-def _padded(values: NDArray[Any], offsets: NDArray[np.int64]) -> NDArray[Any]:
-    """As many values as there are sequences, at least one, with rows of zeros at the end that no sequence owns.
-
-    Paddle refuses to pool fewer, and divides by their number. An empty sequence is an empty sequence all the same.
-    """
-    missing = max(offsets.size - 1, 1) - len(values)
-    if missing <= 0:
-        return values
-    return np.concatenate([values, np.zeros((missing, *values.shape[1:]), values.dtype)])
 
 
 def _paddle_inference(place: str) -> Any:

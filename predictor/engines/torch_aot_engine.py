@@ -32,10 +32,12 @@ class TorchAotEngine:
     platform = "torch_aoti"
     lod_levels: ClassVar[dict[str, int]] = {}
 
-    def __init__(self, program: Path, *, device: str = "cpu", threads: int = 1):
+    def __init__(self, program: Path, *, device: str = "cpu", threads: int = 1, memory_limit_mb: int = 0):
         """Load and compile a .pt2; raises BadData, and BadConfig where it cannot be compiled here."""
         if device != "cpu":
             raise BadConfig("device", f"{device} for a compiled program", "cpu; or compile: none")
+        if memory_limit_mb:
+            raise BadConfig("memory_limit_mb", f"{memory_limit_mb} for a compiled program", "0: it has no limit")
         self._place = place_of(program)
         torch.set_num_threads(threads)
         silence_read_only_warning()

@@ -24,13 +24,15 @@ class TorchEngine:
     platform = "torch_export"
     lod_levels: ClassVar[dict[str, int]] = {}
 
-    def __init__(self, program: Path, *, device: str = "cpu", threads: int = 1):
+    def __init__(self, program: Path, *, device: str = "cpu", threads: int = 1, memory_limit_mb: int = 0):
         """Load a .pt2; raises BadData, and BadConfig for a device that is not there.
 
         device: "cpu" or "cuda:N". threads: of one run on the CPU; torch knows one number for the whole process, and
-        takes that of the model loaded last.
+        takes that of the model loaded last. memory_limit_mb: of the GPU, for all that torch does there in this process,
+        weights included; 0: none.
         """
         self._place, self._device = place_of(program), _device(device)
+        _limit_memory(self._device, memory_limit_mb)
         torch.set_num_threads(threads)
         silence_read_only_warning()
         exported = pure(program)
@@ -99,6 +101,20 @@ def _device(name: str) -> torch.device:
         if (device.index or 0) >= there:
             raise BadConfig("device", name, f"one that torch sees: cpu{''.join(f', cuda:{i}' for i in range(there))}")
     return device
+
+
+def _limit_memory(device: torch.device, limit_mb: int) -> None:
+    """Raises BadConfig where torch has no limit."""
+    if not limit_mb:
+        return
+    if device.type == "cpu":
+        raise BadConfig(
+            "memory_limit_mb", f"{limit_mb} for torch on the CPU", "0: torch has no limit there, only on GPUs"
+        )
+    whole = torch.cuda.get_device_properties(device).total_memory
+    if limit_mb << 20 > whole:
+        raise BadConfig("memory_limit_mb", limit_mb, f"at most {whole >> 20}, which {device} has")
+    torch.cuda.set_per_process_memory_fraction((limit_mb << 20) / whole, device)
 
 
 def silence_read_only_warning() -> None:

@@ -6,7 +6,7 @@ does so again. Arrays are read-only, as those over a request's bytes are: numba 
 
 import zipfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from cube.errors import BadData
 from predictor.engines.engine import Engine, Feed
-from predictor.tensors import DTYPES, Value, shape_text, texts
+from predictor.tensors import DTYPES, Texts, Value, shape_text, texts
 from trainer_tools.manifest import Tensor
 
 SAMPLES = (1, 8, 64)  # of the requests that are made up
@@ -30,8 +30,7 @@ def random_feeds(engine: Engine, samples: int, seed: int = 0) -> list[Feed]:
     feeds: list[Feed] = []
     for tensor in engine.inputs:
         if tensor.name in engine.lod_levels:
-            lengths = rng.integers(0, _MOST_KEYS + 1, samples)
-            offsets = np.concatenate([[0], np.cumsum(lengths)])
+            offsets = np.concatenate([[0], np.cumsum(rng.integers(0, _MOST_KEYS + 1, samples))])
             feeds.append((_random(tensor, int(offsets[-1]), rng), offsets))
         else:
             feeds.append(_random(tensor, samples, rng))
@@ -61,6 +60,25 @@ def recorded(path: Path, known: Sequence[Tensor]) -> list[dict[str, Value]]:
         numbers = ", ".join(map(str, sorted(requests)))
         raise BadData(place, f"requests {numbers}" if requests else "no arrays", "requests 0, 1, 2, ...")
     return [requests[number] for number in range(len(requests))]
+
+
+def save(path: Path, requests: Sequence[Mapping[str, Value]]) -> None:
+    """Write requests, the inputs of each by name, so that `recorded` reads them. Raises BadData.
+
+    BYTES are kept as numpy keeps texts, without zeros at their end: one that has some is refused.
+    """
+    parts: dict[str, NDArray[Any]] = {}
+    for number, request in enumerate(requests):
+        for name, value in request.items():
+            if isinstance(value, Texts):
+                raw = value.data.tobytes()
+                each = [raw[at : at + size] for at, size in zip(value.starts, value.sizes, strict=True)]
+                if any(text.endswith(b"\0") for text in each):
+                    raise BadData(f"{path} '{name}/{number}'", "a text with a zero at its end", "texts without")
+                parts[f"{name}/{number}"] = np.array(each, "S").reshape(value.shape)
+            else:
+                parts[f"{name}/{number}"] = value
+    np.savez_compressed(path, allow_pickle=False, **parts)
 
 
 def _part(part: str, tensors: dict[str, Tensor], place: str) -> tuple[str, int]:

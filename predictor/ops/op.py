@@ -13,6 +13,7 @@ outputs, whose rows are those of the batch, in their order. It is made once per 
 return an awaitable instead (or be a coroutine), for ops that wait rather than compute.
 """
 
+import inspect
 from collections.abc import Awaitable, Mapping
 from typing import Any, ClassVar, NamedTuple
 
@@ -31,6 +32,13 @@ class Ragged(NamedTuple):
 
 
 Value = NDArray[Any] | Texts | Ragged
+
+
+def offsets_of(lengths: NDArray[Any]) -> NDArray[np.int64]:
+    """The offsets of bags of these lengths: int64[n + 1], from 0. lengths: n integers, of any shape."""
+    offsets = np.zeros(lengths.size + 1, np.int64)
+    np.cumsum(lengths, out=offsets[1:])
+    return offsets
 
 
 class Port(NamedTuple):
@@ -119,6 +127,11 @@ class Batch(dict[str, Any]):
 Outputs = Mapping[str, Any]  # arrays, Texts and Ragged by name
 
 
+def names_of(made: Any) -> str:
+    """What an op has returned, for messages where it is not a mapping with the names of its outputs."""
+    return ", ".join(map(str, made)) or "nothing" if isinstance(made, Mapping) else f"a {type(made).__name__}"
+
+
 class Op:
     """A step of a workflow. Subclass it, name the class in a node's `type` as module:Class."""
 
@@ -152,6 +165,16 @@ class Op:
 
     def close(self) -> None:
         """Called once after the last run."""
+
+    @property
+    def within(self) -> "Op":
+        """The op that makes the outputs, where this one has others run it."""
+        return self
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether `run` returns at once and its outputs come later."""
+        return self.waits or inspect.iscoroutinefunction(self.run)
 
 
 def _accepts(port: Port, given: Port) -> bool:

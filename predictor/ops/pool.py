@@ -15,7 +15,7 @@ from cube.kernels import kernel
 from cube.rows import RowFormat
 from cube.rows import pool as add_up
 from predictor.ops.gather import rows_of
-from predictor.ops.op import Batch, Op, Outputs, Port, Ragged
+from predictor.ops.op import Batch, Op, Outputs, Port, Ragged, offsets_of
 from predictor.requests import keys_port, weights_port
 from predictor.tensors import DTYPES
 from trainer_tools.manifest import Lookup
@@ -108,8 +108,13 @@ def _feed_port(lookup: Lookup, dim: int, datatype: str) -> Port:
     if lookup.pooling != "none":
         return Port(datatype, (-1, dim), per_row=len(lookup.slots))
     if lookup.lod_level:
-        return Port(datatype, (-1, dim), ragged=True, per_row=len(lookup.slots))
-    return Port(datatype, tuple(lookup.feed_shape or (-1, dim)))
+        return Port(datatype, _shape(lookup, dim), ragged=True, per_row=len(lookup.slots))
+    return Port(datatype, _shape(lookup, dim))
+
+
+def _shape(lookup: Lookup, dim: int) -> tuple[int, ...]:
+    """Of what is not pooled."""
+    return tuple(lookup.feed_shape or (-1, dim))
 
 
 def _without(rows: NDArray[np.float32], keys: NDArray[np.uint64], padding: int) -> NDArray[np.float32]:
@@ -137,16 +142,15 @@ def _fed(lookup: Lookup, batch: Batch) -> Any:
     if lookup.pooling == "none":
         if lookup.padding is not None:
             rows = _without(rows, batch[lookup.keys].values, lookup.padding)
+        inner = _shape(lookup, rows.shape[1])[1:]
         if lookup.lod_level:
-            return Ragged(rows, offsets)
-        shape = lookup.feed_shape or [-1, rows.shape[1]]
-        return rows.reshape(batch.rows, *shape[1:])
+            return Ragged(rows.reshape(len(rows), *inner), offsets)
+        return rows.reshape(batch.rows, *inner)
     weights = None if lookup.weights is None else batch[lookup.weights].values
     if lookup.padding is not None:
         kept = batch[lookup.keys].values != np.uint64(lookup.padding)
         if not kept.all():
-            before = np.zeros(kept.size + 1, np.int64)
-            np.cumsum(kept, out=before[1:])
+            before = offsets_of(kept)
             rows, offsets = rows[kept], before[offsets]
             weights = None if weights is None else weights[kept]
     return pool(rows, offsets, lookup.pooling, weights)

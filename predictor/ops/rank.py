@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from cube.errors import BadConfig
 from cube.kernels import kernel
-from predictor.ops.op import Batch, Op, Outputs, Port, Ragged
+from predictor.ops.op import Batch, Op, Outputs, Port, Ragged, offsets_of
 from predictor.ops.text import lines_of
 from predictor.ops.values import ANY
 from predictor.rows import frozen
@@ -77,8 +77,7 @@ def largest(
     scores: [n] of a number type; offsets: int64[bags + 1]. Returns these scores, where in its bag each stood (int64),
     and the offsets of the new bags.
     """
-    kept = np.zeros(offsets.size, np.int64)
-    np.cumsum(np.minimum(np.diff(offsets), k), out=kept[1:])
+    kept = offsets_of(np.minimum(np.diff(offsets), k))
     best, where = np.empty(kept[-1], scores.dtype), np.empty(kept[-1], np.int64)
     # Read-only, as some are: numba compiles kernels for these and for others apart.
     _largest(frozen(np.ascontiguousarray(scores)), frozen(offsets), kept, best, where)

@@ -10,9 +10,7 @@ annotation are passed as they come.
 """
 
 import difflib
-import importlib
 import inspect
-import re
 import types
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -21,6 +19,7 @@ from typing import Any, Literal, NamedTuple, Protocol, Union, get_args, get_orig
 
 from cube.errors import BadConfig, ServingError
 from predictor.models import Model, Settings
+from predictor.named import imported
 from predictor.ops.gather import Absent, Gather
 from predictor.ops.infer import Infer, NanPolicy
 from predictor.ops.op import Op
@@ -97,8 +96,6 @@ _ALIASES = {
 # Types that stand for several nodes, each depending on the one before it. The last of them has the node's name.
 IN_SERIES: Mapping[str, Sequence[str]] = {"GeneralDistKVInferOp": ("gather", "pool", "infer")}
 
-_CLASS = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*", re.ASCII)
-
 
 def make(kind: str, config: Mapping[str, Any], resources: Resources | None = None) -> Op:
     """The op of a node. Raises BadConfig naming type and key, and what the op's constructor raises of cube.errors.
@@ -153,19 +150,9 @@ def _of_model(function: Callable[..., Op], model: Any, place: str, resources: Re
 
 def _imported(target: str, place: str) -> type[Op]:
     """The class that module:Class names. What the module does when it is imported happens now."""
-    if not _CLASS.fullmatch(target):
-        raise BadConfig(f"type {target!r}", "this text", "module:Class")
-    module, _, name = target.partition(":")
-    try:
-        found = getattr(importlib.import_module(module), name, None)
-    except ServingError:
-        raise
-    except Exception as error:  # the module's own code runs here
-        raise BadConfig(place, f"{type(error).__name__}: {error}", f"a module {module} that can be imported") from error
-    if found is None:
-        raise BadConfig(place, f"no {name} in module {module}", "a class of this name")
+    found = imported(target, place, "class")
     if not (isinstance(found, type) and issubclass(found, Op)):
-        raise BadConfig(place, f"{name}, which is no op", "a subclass of predictor.ops.op.Op")
+        raise BadConfig(place, f"{target}, which is no op", "a subclass of predictor.ops.op.Op")
     return found
 
 

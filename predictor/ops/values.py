@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cube.errors import BadConfig, BadRequest
-from predictor.ops.op import Batch, Op, Outputs, Port, Ragged
+from predictor.ops.op import Batch, Op, Outputs, Port, Ragged, offsets_of
 from predictor.tensors import DTYPES, Texts, shape_text
 
 ANY = Port("", ())  # of an input that may hold anything: `bind` is told what
@@ -142,8 +142,7 @@ class Concat(Op):
 def joined_bags(values: Sequence[Ragged]) -> Ragged:
     """Bag b of the result has the values of bag b of each of `values`, in their order."""
     lengths = np.stack([np.diff(value.offsets) for value in values])
-    offsets = np.zeros(lengths.shape[1] + 1, np.int64)
-    np.cumsum(lengths.sum(0), out=offsets[1:])
+    offsets = offsets_of(lengths.sum(0))
     begins = offsets[:-1] + np.cumsum(lengths, 0) - lengths  # of each bag of each value, in the result
     places = [
         np.repeat(begin - value.offsets[:-1], count) + np.arange(value.offsets[-1])
@@ -252,8 +251,7 @@ def chosen(condition: NDArray[np.bool_], yes: Any, no: Any, port: Port) -> Any:
     if not isinstance(yes, Ragged):
         return _merged(marks, yes, marks, no, ~marks)
     lengths = np.where(marks, np.diff(yes.offsets), np.diff(no.offsets))
-    offsets = np.zeros(lengths.size + 1, np.int64)
-    np.cumsum(lengths, out=offsets[1:])
+    offsets = offsets_of(lengths)
     of_yes, of_no = np.repeat(marks, np.diff(yes.offsets)), np.repeat(~marks, np.diff(no.offsets))
     return Ragged(_merged(np.repeat(marks, lengths), yes.values, of_yes, no.values, of_no), offsets)
 

@@ -51,6 +51,8 @@ class RunCounts:
     """Of one workflow."""
 
     def __init__(self, plan: Plan):
+        self.plan = plan
+        self.tells = False  # whether a failed run leaves a note with its error, of where its time went
         self.watchers: list[Callable[[Run, Exception | None], None]] = []
         self._names = [step.node.name for step in plan.steps]
         number = {name: at for at, name in enumerate(self._names)}
@@ -113,6 +115,9 @@ class RunCounts:
         name = self._names[max(begun, key=lambda at: run.times[TIMES * at])] if begun else ""
         key = name, to_wire(error).code
         self._failures[key] = self._failures.get(key, 0) + 1
+        if self.tells:
+            # Goes where the error goes; in the place of an older one, for an op may raise the same object every time.
+            error.__notes__ = [f"workflow {self.plan.name}: {told(self.plan, run)}"]
 
     def _settle(self) -> None:
         """Add up the runs that were kept."""
@@ -153,6 +158,20 @@ def _by_bits(values: Counts) -> Counts:
     return np.bincount(_bits(values), minlength=BITS)
 
 
+def told(plan: Plan, run: Run) -> str:
+    """Where the time of a run went, in milliseconds. rest: waiting for a thread, and for the event loop after it."""
+    took: dict[str, str] = {}
+    left = run.ended - run.began
+    for step in plan.steps:
+        began, _, _, ended = run.times[TIMES * step.number : TIMES * (step.number + 1)]
+        ns = (ended or run.ended) - began if began else 0
+        left -= ns
+        took[step.node.name] = f"{ns / 1e6:.1f}" + (" unfinished" if began and not ended else "")
+    took["rest"] = f"{max(left, 0) / 1e6:.1f}"
+    nodes = ", ".join(f"{name} {ms}" for name, ms in took.items())
+    return f"run {(run.ended - run.began) / 1e6:.1f} ms ({run.rows} rows: {nodes})"
+
+
 def where(step: Step, run: Run) -> str:
     """What a step of a run ran on."""
     if step.node.is_apart:
@@ -172,6 +191,7 @@ class Ended(NamedTuple):
     plans: Sequence[Plan]  # the service's workflows
     shares: Sequence[Sequence[Share[Run]]]  # of each; empty where it failed
     code: str  # gRPC status
+    notes: Sequence[str] = ()  # that its runs left, where it failed
 
 
 class RequestTotals(NamedTuple):

@@ -4,9 +4,8 @@ import logging
 from typing import Any
 
 from cube.logs import Sparing
-from predictor.executor import TIMES, Run
 from predictor.profile.counts import Ended
-from predictor.workflow import Plan
+from predictor.profile.counts import told as of_run
 
 log = logging.getLogger(__name__)
 
@@ -31,14 +30,11 @@ def told(request: Ended) -> str:
     """Where a request's time went: one line."""
     head = f"{request.service} {request.version}: {_ms(request.ended - request.began)} ms for {request.rows} rows"
     if request.code != "OK":
-        return f"{head}, {request.code}"
+        return "; ".join([f"{head}, {request.code}", *(request.notes or ["no run of it began, or had ended"])])
     parts = [head]
     for plan, shares in zip(request.plans, request.shares, strict=True):
         last = max(shares, key=lambda share: share.run.ended)  # of a request that was split
-        parts.append(
-            f"workflow {plan.name}: wait {_ms(last.waited_s * 1e9)} ms, "
-            f"run {_ms(last.run.ended - last.run.began)} ms ({last.run.rows} rows: {_nodes(plan, last.run)})"
-        )
+        parts.append(f"workflow {plan.name}: wait {_ms(last.waited_s * 1e9)} ms, {of_run(plan, last.run)}")
     return "; ".join(parts)
 
 
@@ -51,13 +47,6 @@ def _facts(request: Ended) -> dict[str, Any]:
         "code": request.code,
         "peer": request.call.peer,
     }
-
-
-def _nodes(plan: Plan, run: Run) -> str:
-    """rest: waiting for a thread, and for the event loop to take over from it."""
-    took = {step.node.name: run.times[TIMES * step.number + 3] - run.times[TIMES * step.number] for step in plan.steps}
-    took["rest"] = max(run.ended - run.began - sum(took.values()), 0)
-    return ", ".join(f"{name} {_ms(ns)}" for name, ns in took.items())
 
 
 def _ms(ns: float) -> str:

@@ -45,6 +45,8 @@ async def watched(
             watch = watch_of(service)
             if watch.slow_request_s:
                 service.counts.watchers.append(SlowRequests(watch.slow_request_s).request)
+                for lane in service.lanes:
+                    lane.counts.tells = True
             if watch.tracer_interval_s:
                 now = partial(snapshot, [service])
                 tracing = asyncio.ensure_future(trace(now, watch.tracer_interval_s, watch.tracer_file))

@@ -6,7 +6,6 @@ It ends when the socket is closed; where its parent is gone while it computes, t
 import asyncio
 import fcntl
 import gc
-import importlib
 import logging
 import os
 import select
@@ -18,7 +17,7 @@ from collections.abc import Awaitable, Mapping
 from typing import Any
 
 from cube.errors import BadConfig, Internal, OutOfMemory, ServingError, to_wire
-from predictor.apart import is_waiting
+from predictor.named import imported
 from predictor.ops.op import Batch, Op, Outputs
 from predictor.workers.messages import (
     MAX_MESSAGE_BYTES,
@@ -152,7 +151,7 @@ class _Worker:
         self._results.free(work.freed)
         batch = Batch(read(work.pieces, self._batches.memory(self._batches.size)))
         batch.rows, batch.deadline = work.rows, work.deadline
-        if is_waiting(op):
+        if op.is_waiting:
             self._loop = self._loop or asyncio.Runner()
             outputs: Any = self._loop.run(_awaited(op, batch))
         else:
@@ -218,15 +217,9 @@ class _Results:
 def op_of(kind: str, config: Mapping[str, Any]) -> Op:
     """An op of a type module:Class, or module:function for one that returns an op. Raises BadConfig."""
     place = f"op type {kind!r}"
-    module, _, name = kind.partition(":")
-    if not module or not name:
-        raise BadConfig(place, "this", "module:Class or module:function")
-    try:
-        make = getattr(importlib.import_module(module), name, None)
-    except Exception as error:
-        raise BadConfig(place, f"{type(error).__name__}: {error}", f"a module {module!r} to import") from error
+    make = imported(kind, place, "class")
     if not callable(make):
-        raise BadConfig(place, f"nothing to call of the name {name!r}", "an Op, or a function that makes one")
+        raise BadConfig(place, f"{kind}, which is not to be called", "an Op, or a function that makes one")
     try:
         op = make(**config)
     except TypeError as error:

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from trainer_tools import paddle_proof
+from trainer_tools.feeding import Sequences
 from trainer_tools.programs import paddle
 
 GOLDEN = Path(__file__).parent
@@ -24,9 +25,9 @@ for place in sorted(GOLDEN.glob("paddle-*/")):
     serving = program.serving()
     given = paddle_proof._random_inputs(program, serving, SAMPLES, joined="tagger" in place.name)
     for name, value in given.items():
-        answers[f"{place.name}|in|{name}"] = value.array
-        if value.lod:
-            answers[f"{place.name}|lod|{name}"] = np.array(value.lod[-1])
+        answers[f"{place.name}|in|{name}"] = value.values if isinstance(value, Sequences) else value
+        if isinstance(value, Sequences):
+            answers[f"{place.name}|lod|{name}"] = value.offsets
     for name, value in paddle_proof._run(sys.argv[1], program, place, given).items():
-        answers[f"{place.name}|out|{name}"] = value.array
+        answers[f"{place.name}|out|{name}"] = value.values if isinstance(value, Sequences) else value
 np.savez_compressed(GOLDEN / "paddle-answers.npz", **answers)

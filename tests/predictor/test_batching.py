@@ -18,6 +18,7 @@ from cube.errors import (
     ShardUnavailable,
     Unavailable,
 )
+from predictor import batching
 from predictor.batching import Batcher, Limits, decide
 from predictor.ops.op import Port, Ragged
 
@@ -69,8 +70,8 @@ def answer_of(shares):
 
 
 async def asked(batcher, *numbers, deadline=None, priority=0):
-    made = batcher.submit(request(*numbers), len(numbers), len(numbers), deadline, priority)
-    return answer_of(made if isinstance(made, list) else await made)
+    made = batcher.submit(request(*numbers), len(numbers), len(numbers), deadline, priority, then=answer_of)
+    return made if isinstance(made, list) else await made
 
 
 def batcher_of(runs, **limits):
@@ -139,7 +140,7 @@ def test_a_caller_that_is_alone_is_answered_at_once():
     async def main():
         batcher = batcher_of(Runs())
         for n in range(5):
-            assert isinstance(batcher.submit(request(n), 1, 1, None), list)
+            assert isinstance(batcher.submit(request(n), 1, 1, None, then=answer_of), list)
             await asyncio.sleep(0)
         return batcher.counters
 
@@ -247,6 +248,22 @@ def test_priorities_leave_first():
     assert runs.runs == [[0], [3], [2], [4], [1]]
 
 
+def test_low_priorities_yield_to_so_many_and_no_more(monkeypatch):
+    monkeypatch.setattr(batching, "_YIELDS", 3)
+    runs = Runs(seconds=0.005)
+
+    async def main():
+        batcher = batcher_of(runs, max_rows=1)
+        first = asyncio.ensure_future(asked(batcher, 0))
+        await asyncio.sleep(0)
+        low = asyncio.ensure_future(asked(batcher, 99, priority=2))
+        await asyncio.sleep(0)
+        await asyncio.gather(first, low, *(asked(batcher, n, priority=1) for n in range(1, 8)))
+
+    run(main())
+    assert runs.runs == [[0], [1], [2], [99], [3], [4], [5], [6], [7]]
+
+
 def test_expired_requests_leave_before_compute():
     runs = Runs(seconds=0.05)
 
@@ -285,6 +302,47 @@ def test_a_full_queue_refuses():
         return batcher.counters.refused
 
     assert run(main()) == 2
+
+
+def test_who_has_gone_makes_room_in_a_full_queue(monkeypatch):
+    monkeypatch.setattr(batching, "_SWEEP_S", 0.0)
+    runs = Runs(seconds=0.05)
+
+    async def main():
+        batcher = batcher_of(runs, max_waiting_rows=3, max_rows=3)
+        waiting = [asyncio.ensure_future(asked(batcher, n)) for n in range(4)]
+        await asyncio.sleep(0)
+        waiting[1].cancel()
+        late = asyncio.ensure_future(asked(batcher, 7, deadline=time.monotonic() - 1))
+        await asyncio.sleep(0)
+        assert await asked(batcher, 5) == [50]
+        with pytest.raises(DeadlineExceeded):
+            await late
+        assert [await one for one in (waiting[0], *waiting[2:])] == [[0], [20], [30]]
+        return batcher.counters
+
+    counters = run(main())
+    assert (counters.refused, counters.expired, counters.waiting_rows) == (0, 2, 0)
+    assert runs.runs == [[0], [2, 3, 5]]
+
+
+def test_what_is_made_of_an_answer_fails_for_its_own_request_only():
+    runs = Runs(seconds=0.01)
+
+    def picky(shares):
+        made = answer_of(shares)
+        if made == [20]:
+            raise Internal("twenty")
+        return made
+
+    async def main():
+        batcher = batcher_of(runs)
+        made = [batcher.submit(request(n), 1, 1, None, then=picky) for n in range(4)]
+        return await asyncio.gather(*made, return_exceptions=True)
+
+    answers = run(main())
+    assert [str(answer) for answer in answers] == ["[0]", "[10]", "twenty", "[30]"]
+    assert runs.runs == [[0], [1, 2, 3]]
 
 
 def fail_on(number, error):

@@ -9,12 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from google.protobuf import text_format
 from torch.export import Dim
 
 from cube.errors import BadConfig, BadRequest, ServingError
 from cube.rpc.calls import Call
 from predictor import models
-from predictor.assembly import Assembly, outlined
+from predictor.assembly import Assembly, limits_of, outlined
 from predictor.batching import Limits
 from predictor.config import load
 from predictor.config_files import read
@@ -107,7 +108,9 @@ def answers(directory, *requests, name="Score"):
 
     async def run():
         async with built(load(directory)) as services:
-            asked = [services[name].infer(request, (), Call("test")) for request in requests]
+            asked = [
+                services[name].infer(request, (), Call("test"), then=lambda answer: answer) for request in requests
+            ]
             return [(answer if isinstance(answer, tuple) else await answer).outputs for answer in asked]
 
     return asyncio.run(run())
@@ -165,7 +168,9 @@ def test_the_manuals_two_services_with_their_flags_and_cube(tmp_path, monkeypatc
 
     async def echoed():
         async with built(said) as services:
-            answer = services["BuiltinEchoService"].infer({"text": texts([b"a", b"bc"])}, (), Call("test"))
+            answer = services["BuiltinEchoService"].infer(
+                {"text": texts([b"a", b"bc"])}, (), Call("test"), then=lambda answer: answer
+            )
             return (answer if isinstance(answer, tuple) else await answer).outputs["text"]
 
     assert asyncio.run(echoed()).sizes.tolist() == [1, 2]
@@ -316,7 +321,7 @@ ENGINE = 'engines {{ name: "net" model_dir: "mlp" {} }}'
         (
             "workflow.prototxt",
             NODE.format('dependencies { name: "c" }'),
-            "workflow.prototxt workflow 'main' node 'b' dependency: found 'c', expected one of a, b",
+            "workflow.prototxt workflow 'main' node 'b' dependency: found 'c', expected one of a",
         ),
         ("workflow.prototxt", NODE.format('dependencies { name: "b" }'), "found a cycle: b → b"),
         (
@@ -380,6 +385,7 @@ ENGINE = 'engines {{ name: "net" model_dir: "mlp" {} }}'
             "nan_policy: found 'drop', expected pass or replace or fail",
         ),
         ("model_toolkit.prototxt", ENGINE.format("threads: -1"), "engine 'net' threads: found -1"),
+        ("model_toolkit.prototxt", ENGINE.format("memory_limit_mb: -1"), "memory_limit_mb: found -1, expected 0"),
         ("model_toolkit.prototxt", ENGINE.format('warm_up_file: "no.npz"'), "warm_up_file: found no file no.npz"),
         ("gflags.conf", "port=8011", "gflags.conf:1: found 'port=8011', expected --name=value"),
         ("gflags.conf", "\n--prot=8011", "gflags.conf:2: found unknown flag 'prot', expected 'port'"),
@@ -395,6 +401,7 @@ def test_a_mistake_is_told_with_file_place_what_was_found_and_expected(conf, tmp
 
 
 TWO = ENGINE.format("") + ' engines { name: "other" model_dir: "mlp" }'
+DECLARED = 'inputs { name: "x" datatype: "FP32" shape: [-1, 4] }'
 ONE_NODE = 'workflows {{ name: "main" nodes {{ name: "b" type: {} }} }}'
 
 
@@ -464,12 +471,59 @@ ONE_NODE = 'workflows {{ name: "main" nodes {{ name: "b" type: {} }} }}'
             "engine 'net' engine: found ONNXRUNTIME for",
         ),
         ({"model_toolkit.prototxt": ENGINE.format('device: "tpu"')}, "device: found 'tpu'"),
+        (
+            {"model_toolkit.prototxt": ENGINE.format("memory_limit_mb: 64")},
+            "engine 'net' memory_limit_mb: found 64 for torch on the CPU",
+        ),
+        (
+            {"workflow.prototxt": ONE_NODE.format('"infer" dependencies { name: "c" }')},
+            "node 'b' dependency: found 'c', expected none: it is alone",
+        ),
     ],
 )
 def test_a_mistake_that_takes_the_models_to_find_is_told_as_well(conf, tmp_path, files, message):
     conf(files)
     with pytest.raises(BadConfig, match=message):
         answers(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("declared", "apart"), [("", ""), (DECLARED, ""), (DECLARED, "concurrency: 1 executor: PROCESS")]
+)
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ('"odd_ops:Unfinished" config { key: "at" text: "make" }', "op 'odd_ops:Unfinished' thing at make: found none"),
+        ('"odd_ops:Unfinished" config { key: "at" text: "bind" }', "thing at bind: found none, expected one"),
+        ('"odd_ops:Unfinished" config { key: "at" text: "open" }', "thing at open: found none, expected one"),
+        (
+            '"odd_ops:Unfinished" config { key: "too" text: "" }',
+            "op 'odd_ops:Unfinished' config 'too': found no such key",
+        ),
+        ('"odd_ops:Nobody"', "op 'odd_ops:Nobody': found no Nobody in module odd_ops"),
+    ],
+)
+def test_an_op_that_cannot_be_had_is_told_with_its_node_once(conf, tmp_path, declared, apart, config, message):
+    node = f'nodes {{ name: "b" type: {config} {apart} }}'
+    conf({"workflow.prototxt": f'workflows {{ name: "main" {declared} {node} }}'})
+    with pytest.raises(BadConfig) as refused:
+        answers(tmp_path)
+    assert str(refused.value).startswith(f"{tmp_path}/workflow.prototxt workflow 'main' node 'b' {message}")
+
+
+@pytest.mark.parametrize(("at", "expected"), [("bind", "an op that takes its inputs"), ("open", "an op that opens")])
+def test_a_fault_of_an_op_at_load_is_told_with_its_node(conf, tmp_path, at, expected):
+    conf({"workflow.prototxt": ONE_NODE.format(f'"odd_ops:Unfinished" config {{ key: "at" text: "fault at {at}" }}')})
+    with pytest.raises(BadConfig) as refused:
+        answers(tmp_path)
+    message = f"workflow 'main' node 'b': found ValueError: no good, expected {expected}"
+    assert str(refused.value) == f"{tmp_path}/workflow.prototxt {message}"
+
+
+@pytest.mark.parametrize(("said", "delay_s"), [("", 0.002), ("max_delay_ms: 0", 0.0), ("max_delay_ms: 5", 0.005)])
+def test_a_delay_of_zero_goes_before_the_flags(said, delay_s):
+    limits = text_format.Parse(said, pb.BatchLimits())
+    assert limits_of(limits, "batch", Limits(max_delay_s=0.002)).max_delay_s == delay_s
 
 
 def test_a_workflow_that_nobody_uses_is_worth_a_warning(conf, tmp_path, caplog):
@@ -531,7 +585,7 @@ def test_a_function_is_an_engine(conf, tmp_path):
 @pytest.mark.parametrize(
     ("target", "more", "message"),
     [
-        ("sums", "", "callable: found 'sums', expected module:function"),
+        ("sums", "", "callable sums: found 'sums', expected module:function"),
         ("nobody_has_this:f", "", "callable nobody_has_this:f: found ModuleNotFoundError"),
         ("json:loads", 'model_dir: "mlp"', "model_dir and callable: found both"),
         (
@@ -667,7 +721,7 @@ def test_recorded_requests_warm_up_what_they_were_recorded_for(conf, tmp_path):
         async with built(load(tmp_path)) as services:
             return services["Score"].lanes[0].batcher.counters.requests
 
-    assert asyncio.run(run()) == 2  # zeros, and the one recorded
+    assert asyncio.run(run()) == 1
 
 
 def test_an_outline_shows_workflows_stages_and_ports(conf, tmp_path):

@@ -138,6 +138,7 @@ def test_short_nodes_of_a_stage_need_no_threads():
     assert all(node.op.threads[-1] is threading.main_thread() for node in nodes)
 
 
+@pytest.mark.alone  # tenths of a second decide
 def test_those_that_wait_do_so_together():
     nodes = [Node(name, Later(twice, seconds=0.2, makes=name)) for name in "abcd"]
     begin = time.monotonic()
@@ -273,6 +274,29 @@ def test_a_node_that_waits_too_long(node_s, request_s, message):
     deadline = None if request_s is None else time.monotonic() + request_s
     with pytest.raises(DeadlineExceeded, match=message):
         run(executor_of([Node("a", Later(twice, seconds=20), deadline_s=node_s)]), deadline)
+
+
+@pytest.mark.parametrize("limits", [{}, {"deadline_s": 20.0}])
+def test_a_timeout_of_the_ops_own_is_a_fault_and_no_deadline(limits):
+    class Asks(Apply):
+        async def run(self, batch):
+            raise TimeoutError("the other server")
+
+    with pytest.raises(Internal, match="workflow 'w' node 'a': failed"):
+        run(executor_of([Node("a", Asks(twice), **limits)]))
+
+
+def test_a_deadline_of_a_node_does_not_count_where_runs_are_untimed():
+    def slow(x):
+        time.sleep(0.03)
+        return x
+
+    for op in (Apply(slow), Later(slow, seconds=0.02)):
+        runner = executor_of([Node("a", op, deadline_s=0.01)])
+        with runner.untimed():
+            run(runner)
+        with pytest.raises(DeadlineExceeded):
+            run(runner)
 
 
 # ---- times ----

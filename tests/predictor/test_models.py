@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import two_towers
+from places import GOLDEN
 from stores import built
 
 from cube import build
@@ -153,3 +154,52 @@ def test_a_model_of_two_tables_one_of_a_single_slot_scores_as_its_original(tmp_p
             answer = client.infer("two-towers", inputs)
         assert np.allclose(answer.outputs["score"], want.numpy(), atol=1e-6)
         assert answer.facts["table.users"] == answer.facts["table.items"] == "42@0"
+
+
+def test_a_manifest_shows_how_its_keys_were_signed(demo):
+    said = json.loads((demo.pruned / "manifest.json").read_text())
+    assert said["signature"] == "serving_default"
+    vectors = said["sign_vectors"]
+    features = [(vector["slot"], vector["text"]) for vector in vectors]
+    assert {"", "élan", "日本語 click"} <= {text for _, text in features}
+    assert {0, 2**53 - 1} <= {slot for slot, _ in features}
+    assert max(len(text) for _, text in features) > 200
+    golden = {(c["slot"], c["text"]): c["key"] for c in json.loads((GOLDEN / "signs.json").read_text())["signs"]}
+    known = [vector for vector in vectors if (vector["slot"], vector["text"]) in golden]
+    assert len(known) >= 3
+    assert all(int(vector["key"], 16) == golden[vector["slot"], vector["text"]] for vector in known)
+
+
+def test_a_manifest_of_before_there_were_vectors_and_signatures_is_served(broken, command):
+    def older(said):
+        for field in ("sign_vectors", "signature", "lod_levels"):
+            del said[field]
+        for lookup in said["lookups"]:
+            del lookup["added"]
+
+    done = command("predictor-server", "--model", broken(older), "--check")
+    assert done.returncode == 0, done.stderr
+
+
+SIGNED = {"slot": 1, "text": "68fd1e64", "key": f"{15196732269263980604:016x}"}
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (
+            lambda s: s["sign_vectors"].append(SIGNED | {"key": "0" * 16}),
+            "sign_vectors, '68fd1e64' in slot 1: found 0000000000000000, expected d2e5a37bb032083c, as this",
+        ),
+        (lambda s: s["sign_vectors"].append(SIGNED | {"key": 7}), "Expected `str`, got `int`"),
+        (lambda s: s["sign_vectors"].append(SIGNED | {"key": "7"}), "Expected `str` matching regex"),
+        (lambda s: s["sign_vectors"].append(SIGNED | {"slot": 1 << 53}), "Expected `int` <= 9007199254740991"),
+        (
+            lambda s: s["lookups"][0].update(added=[1, 2]),
+            "added: found 2 numbers, expected one, or a multiple of the 26 slots",
+        ),
+        (lambda s: s["lookups"][0].update(added=[1 << 63]), "Expected `int` <= 9223372036854775807"),
+    ],
+)
+def test_keys_that_would_be_other_keys_are_refused_at_start(broken, command, edit, message):
+    assert message in refused(command, "--model", broken(edit))

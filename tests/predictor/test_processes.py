@@ -302,6 +302,7 @@ def test_a_batch_whose_deadline_has_passed_is_not_begun(loop, odd):
     assert odd.restarts == 0
 
 
+@pytest.mark.alone  # tenths of a second decide
 def test_a_slow_batch_is_answered_at_its_deadline_and_the_process_goes_on(loop, odd):
     async def run():
         began = time.monotonic()
@@ -442,9 +443,9 @@ def test_restarts_are_further_and_further_apart():
 @pytest.mark.parametrize(
     ("kind", "config", "message"),
     [
-        ("odd_ops", {}, "op type 'odd_ops': found this, expected module:Class"),
-        ("odd_ops:Nobody", {}, "op type 'odd_ops:Nobody': found nothing to call of the name 'Nobody'"),
-        ("odd_ops:NOT_AN_OP", {}, "found nothing to call of the name 'NOT_AN_OP'"),
+        ("odd_ops", {}, "op type 'odd_ops': found 'odd_ops', expected module:class"),
+        ("odd_ops:Nobody", {}, "op type 'odd_ops:Nobody': found no Nobody in module odd_ops, expected a class"),
+        ("odd_ops:NOT_AN_OP", {}, "found odd_ops:NOT_AN_OP, which is not to be called"),
         ("builtins:dict", {}, "found what makes a dict, expected an Op"),
         ("no_such_module:Op", {}, "found ModuleNotFoundError: No module named 'no_such_module'"),
         ("odd_ops:Odd", {"more": 1}, "config: found .*unexpected keyword argument 'more'"),

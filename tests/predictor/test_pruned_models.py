@@ -1,6 +1,7 @@
 """What prune-program writes is served as it is, in every form of lookup, and answers as the program it came from."""
 
 import asyncio
+import importlib.util
 import warnings
 from collections.abc import Awaitable
 from concurrent.futures import ThreadPoolExecutor
@@ -9,21 +10,20 @@ from contextlib import AsyncExitStack
 import numpy as np
 import pytest
 import torch
+from places import GOLDEN
+from pruned_models import SETTINGS, assert_serves, served
 from torch.export import Dim
 
+from cube.errors import BadRequest
 from cube.rpc.calls import Call
 from predictor import models
 from predictor.assembly import Assembly
 from predictor.batching import Limits
 from predictor.config import load
-from predictor.executor import Executor
-from predictor.service import Lane, Service
-from predictor.workflow import plan
 from trainer_tools.programs.program import Rules
 from trainer_tools.prune_program import prune
 from trainer_tools.pruning import Options
 
-SETTINGS = models.Settings(cube=None, max_samples=100, max_keys=10_000, cube_timeout_s=5, cube_wait_s=5)
 OPTIONS = Options(rules=Rules(min_rows=1), verify_samples=8)
 ROWS, DIM, N, L = 50, 4, 6, 3
 RNG = np.random.default_rng(0)
@@ -77,6 +77,22 @@ class DeepFm(torch.nn.Module):
         return {"y": (self.first(ids).sum(1) + second + x.sum(1, keepdim=True)).sigmoid()}
 
 
+class FieldsFm(torch.nn.Module):
+    """One table for the ids of all fields; each adds where its rows begin."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.table = torch.nn.Embedding(L * ROWS, DIM)
+        self.bag = torch.nn.EmbeddingBag(L * ROWS, 1, mode="sum")
+        self.register_buffer("begin", ROWS * torch.arange(L))
+
+    def forward(self, x, ids):
+        rows = self.table(ids + self.begin)
+        second = (rows.sum(1).square() - rows.square().sum(1)).sum(1, keepdim=True)
+        return {"y": (self.bag(ids + self.begin) + second + x.sum(1, keepdim=True)).sigmoid()}
+
+
 class Tagger(torch.nn.Module):
     """Two tables, sequences whose length varies, a mask of the ids themselves, sizes taken from them."""
 
@@ -107,25 +123,6 @@ def exported(directory, model, *example):
     torch.export.save(program, directory / "program.pt2")
     with torch.no_grad():
         return model(*tensors)["y"].numpy()
-
-
-def served(directory, *requests):
-    """Answers of the service that a directory has, to requests made at the same time."""
-
-    async def main():
-        model = await models.load(directory, SETTINGS)
-        form = model.form(SETTINGS)
-        with ThreadPoolExecutor(1) as threads:
-            executor = Executor(plan(model.name, model.nodes(SETTINGS), form.ports), threads)
-            lane = Lane(executor, Limits())
-            service = Service(model.name, model.version, "test", form, [lane], tables=model.tables)
-            await service.warm_up()
-            made = [service.infer(request, (), Call("/test")) for request in requests]
-            answers = [await one if isinstance(one, Awaitable) else one for one in made]
-            await model.close()
-        return lane, answers
-
-    return asyncio.run(main())
 
 
 def check(directory, expected, request, slots=1):
@@ -185,6 +182,17 @@ def test_two_tables_of_the_same_ids(tmp_path):
     assert facts["keys"] == 2 * N * L
 
 
+def test_one_table_for_all_fields_which_begin_at_their_rows(tmp_path):
+    expected = exported(tmp_path / "m", FieldsFm(), X, IDS)
+    prune(tmp_path / "m", tmp_path / "out", OPTIONS)
+    ids = IDS.astype(np.uint64)
+    bag = {"ids.keys": ids.ravel(), "ids.keys.lengths": np.full((N, 1), L, np.int32)}
+    check(tmp_path / "out", expected, {"x": X, "ids": ids, **bag})
+    bag["ids.keys.lengths"][:2, 0] = L + 1, L - 1
+    with pytest.raises(BadRequest, match=f"found {L + 1} keys in sample 0, expected {L} in every sample"):
+        served(tmp_path / "out", {"x": X, "ids": ids, **bag})
+
+
 def test_a_configuration_says_the_same_of_them(tmp_path):
     exported(tmp_path / "m", DeepFm(), X, IDS)
     prune(tmp_path / "m", tmp_path / "out", OPTIONS)
@@ -202,7 +210,7 @@ def test_a_configuration_says_the_same_of_them(tmp_path):
                 assembly = Assembly(load(tmp_path), SETTINGS, threads, Limits())
                 await assembly.load(stack)
                 (service,) = assembly.services(stack)
-                answer = service.infer(request, (), Call("/test"))
+                answer = service.infer(request, (), Call("/test"), then=lambda answer: answer)
                 return await answer if isinstance(answer, Awaitable) else answer
 
     made = asyncio.run(main())
@@ -258,3 +266,10 @@ def test_an_onnx_program(tmp_path):
         expected = model(*tensors)["y"].numpy()
     prune(tmp_path / "m", tmp_path / "out", OPTIONS)
     check(tmp_path / "out", expected, {"x": X, "ids": IDS.astype(np.uint64)})
+
+
+@pytest.mark.skipif(importlib.util.find_spec("paddle") is None, reason="this Python has no Paddle")
+@pytest.mark.parametrize("name", ["185-lod", "185-tagger", "262-deepfm", "331-ctr", "331-jit"])
+def test_paddle_programs_of_every_age(tmp_path, name):
+    prune(GOLDEN / f"paddle-{name}", tmp_path / "out", Options(rules=Rules(min_rows=1)))
+    assert_serves(tmp_path / "out")

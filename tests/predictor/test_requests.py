@@ -176,6 +176,19 @@ def test_sequences_of_different_lengths():
             form.read({"words": np.arange(5), "words.lengths": np.array(lengths, np.int32)})
 
 
+def test_sequences_that_a_program_joins_are_as_long_in_each_input():
+    names = ("words", "marks")
+    ports = {name: Port("INT64", (-1,), ragged=True) for name in names}
+    lengths = {name: f"{name}.lengths" for name in names}
+    form = Form(ports, [], max_samples=9, max_keys=99, finite=False, lengths=lengths, alike=[list(lengths.values())])
+    request = {name: np.arange(5) for name in names} | {"words.lengths": np.array([[2], [0], [3]], np.int32)}
+    assert form.read(request | {"marks.lengths": np.array([2, 0, 3], np.int32)}).rows == 3
+    wrong = "inputs 'words.lengths' and 'marks.lengths': found 0 and 1 in sample 1, expected as many in both"
+    with pytest.raises(BadRequest, match=wrong):
+        form.read(request | {"marks.lengths": np.array([2, 1, 2], np.int32)})
+    assert all(form.read(example).rows == 2 for example in form.examples(2))
+
+
 @pytest.mark.parametrize("lookup", [LOOKUP, DENSE_IDS, WEIGHTED])
 def test_examples_are_requests(lookup):
     form = Form({"dense": Port("FP32", (-1, 2))}, [lookup], max_samples=9, max_keys=99, finite=True)

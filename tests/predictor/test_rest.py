@@ -1,5 +1,6 @@
 """The HTTP door, by httpx against the real predictor-server, and its JSON by its own."""
 
+import asyncio
 import json
 
 import httpx
@@ -8,13 +9,17 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from small_services import Later, chain, service_of
 from torch.export import Dim
 
 from cube.errors import BadRequest, FailedPrecondition
+from cube.rpc.router import Request, Router
 from predictor.client import Client
 from predictor.doors.json_tensors import elements, of_instances, rows_of, value_of
+from predictor.doors.rest import RestDoor
 from predictor.ops.op import Port, Ragged
 from predictor.requests import Form
+from predictor.service import InferenceService
 from predictor.tensors import DTYPES, Texts, encode, texts
 from trainer_tools.demo import started
 from trainer_tools.manifest import Lookup, Slot
@@ -191,6 +196,22 @@ def test_debug_shows_what_every_node_has_made_and_how_long_it_took(http):
     assert np.allclose(nodes["net"]["outputs"]["y"]["data"], direct(X)["y"].ravel(), atol=1e-6)
     assert nodes["net"]["took_us"] > 0
     assert nodes["net"]["began_us"] >= nodes["reader"]["took_us"]
+
+
+def test_so_many_requests_are_debugged_at_once_and_no_more():
+    body = json.dumps({"instances": [{"x": [1, 2]}]}).encode()
+
+    async def main():
+        router = Router()
+        RestDoor(InferenceService([service_of(*chain(Later(0.02)))])).add_to(router)
+
+        async def statuses():
+            asked = (router.answer(Request("POST", "/s/debug", body=body)) for _ in range(9))
+            return sorted([response.status for response in await asyncio.gather(*asked)])
+
+        return [await statuses(), await statuses()]  # those that have ended count no more
+
+    assert asyncio.run(main()) == [[200] * 4 + [429] * 5] * 2
 
 
 GOOD = tensor("x", X, "FP32")

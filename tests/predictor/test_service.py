@@ -13,6 +13,7 @@ from cube.client import Rows
 from cube.errors import BadConfig, BadRequest, NotServed
 from cube.rpc.calls import Call
 from cube.version import Version
+from predictor.apart import Gathered
 from predictor.batching import Limits
 from predictor.executor import Executor
 from predictor.ops.gather import Gather
@@ -56,7 +57,7 @@ def service_of(*ops, limits=Limits(), **more):  # noqa: B008 - immutable
 
 def infer(service, wanted=(), **inputs):
     async def main():
-        answer = service.infer(inputs, wanted, CALL)
+        answer = service.infer(inputs, wanted, CALL, then=lambda answer: answer)
         return await answer if isinstance(answer, Awaitable) else answer
 
     return asyncio.run(main())
@@ -81,7 +82,7 @@ def test_workflows_run_one_after_the_other_or_at_once(at_once, least, most):
 
     async def main():
         begin = asyncio.get_running_loop().time()
-        await service.infer({"x": rows(1)}, (), CALL)
+        await service.infer({"x": rows(1)}, (), CALL, then=lambda answer: answer)
         return asyncio.get_running_loop().time() - begin
 
     assert least <= asyncio.run(main()) < most
@@ -118,7 +119,7 @@ def test_requests_are_merged_and_each_gets_its_own():
     service = service_of(Apply(look))
 
     async def main():
-        made = [service.infer({"x": rows(n)}, (), CALL) for n in (1, 2, 3, 4)]
+        made = [service.infer({"x": rows(n)}, (), CALL, then=lambda answer: answer) for n in (1, 2, 3, 4)]
         return [await one if isinstance(one, Awaitable) else one for one in made]
 
     answers = asyncio.run(main())
@@ -141,10 +142,12 @@ class Odd(OneShard):
 
 @pytest.mark.parametrize("is_here", [False, True])
 @pytest.mark.parametrize("max_rows", [2, 100])
-def test_everybody_is_told_of_their_own_keys(is_here, max_rows):
+@pytest.mark.parametrize("is_apart", [False, True])
+def test_everybody_is_told_of_their_own_keys(is_here, max_rows, is_apart):
+    gather = Gather([LOOKUP], {"emb": (Version(7), 2)}, Odd(is_here), 1.0)
     form = Form({}, [LOOKUP], max_samples=100, max_keys=1000, finite=True)
     nodes = [
-        Node("gather", Gather([LOOKUP], {"emb": (Version(7), 2)}, Odd(is_here), 1.0)),
+        Node("gather", Gathered(gather, Limits()) if is_apart else gather, is_apart=is_apart),
         Node("pool", Pool([LOOKUP], {"emb": 2}), (Dependency("gather"),)),
     ]
     lane = Lane(Executor(plan("w", nodes, form.ports), THREADS), Limits(max_rows=max_rows))
@@ -157,7 +160,7 @@ def test_everybody_is_told_of_their_own_keys(is_here, max_rows):
     asked = [[[1, 2], [4]], [[2, 4, 6]], [[], [1], [3, 5]], [[]]]
 
     async def main():
-        made = [service.infer(request(*bags), (), CALL) for bags in asked]
+        made = [service.infer(request(*bags), (), CALL, then=lambda answer: answer) for bags in asked]
         return [await one if isinstance(one, Awaitable) else one for one in made]
 
     for bags, answer in zip(asked, asyncio.run(main()), strict=True):

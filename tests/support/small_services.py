@@ -69,5 +69,5 @@ def rows(count):
 
 
 async def ask(service, count=3, **call):
-    answer = service.infer(rows(count), (), Call("/p", **call))
-    return await answer if asyncio.iscoroutine(answer) else answer
+    answer = service.infer(rows(count), (), Call("/p", **call), then=lambda answer: answer)
+    return await answer if hasattr(answer, "__await__") else answer

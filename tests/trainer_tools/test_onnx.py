@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -16,13 +17,16 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from memory import taken
 from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
+from onnxruntime.quantization import quantize_dynamic
 from places import ROOT
+from pruned_models import assert_serves, served
 
 from cube.client import LocalCube
 from cube.errors import BadData, DataCorrupt
-from trainer_tools import manifest, onnx_proof
+from trainer_tools import manifest, proof
 from trainer_tools.programs import onnx_file, onnx_graph, onnx_program
 from trainer_tools.programs.program import Rules, decide
 from trainer_tools.prune_program import prune, survey
@@ -68,8 +72,9 @@ def made(directory, *args, outside=None, **more):
 
 
 def pruned(place, tmp_path, **options):
-    """Prune and prove; the report, the manifest, and the program that is left."""
+    """Prune, prove and serve; the report, the manifest, and the program that is left."""
     report = prune(place, tmp_path / "out", Options(**options))
+    assert_serves(tmp_path / "out")
     said = manifest.read(manifest.Manifest, tmp_path / "out" / "manifest.json")
     return report, said, onnx_program.load(tmp_path / "out" / "program")
 
@@ -123,17 +128,17 @@ def test_an_id_outside_the_table_reads_zeros(tmp_path):
 ARRANGED = {
     "Cast": ([helper.make_node("Cast", ["ids"], ["p"], to=TensorProto.INT32)], [-1, 3]),
     "Concat": ([helper.make_node("Concat", ["ids", "more", "ids"], ["p"], axis=1)], [-1, 9]),
-    "Flatten": ([helper.make_node("Flatten", ["ids"], ["p"], axis=0)], [1, -1]),
+    "Flatten": ([helper.make_node("Flatten", ["ids"], ["p"], axis=1)], [-1, 3]),
     "Gather": ([helper.make_node("Gather", ["ids", "one"], ["p"], axis=1)], [-1, 1]),
     "Identity": ([helper.make_node("Identity", ["ids"], ["p"])], [-1, 3]),
-    "Reshape": ([helper.make_node("Reshape", ["ids", "flat"], ["p"])], [-1]),
+    "Reshape": ([helper.make_node("Reshape", ["ids", "three"], ["p"])], [-1, 3]),
     "Slice": ([helper.make_node("Slice", ["ids", "one", "two", "one"], ["p"])], [-1, 1]),
     "Split": ([helper.make_node("Split", ["ids", "parts"], ["q", "p"], axis=1)], [-1, 2]),
     "Squeeze": (
         [helper.make_node("Gather", ["ids", "one"], ["q"], axis=1), helper.make_node("Squeeze", ["q", "one"], ["p"])],
         [-1],
     ),
-    "Transpose": ([helper.make_node("Transpose", ["ids"], ["p"], perm=[1, 0])], [3, -1]),
+    "Transpose": ([helper.make_node("Transpose", ["ids"], ["p"], perm=[0, 1])], [-1, 3]),
     "Unsqueeze": ([helper.make_node("Unsqueeze", ["ids", "one"], ["p"])], [-1, 1, 3]),
     "reshaped by what is computed": (
         [helper.make_node("Shape", ["ids"], ["s"]), helper.make_node("Reshape", ["ids", "s"], ["p"])], [-1, 3],
@@ -145,7 +150,7 @@ ARRANGED = {
 def test_ids_that_ops_only_move_about_are_an_input_of_the_request_as_arranged(tmp_path, how):
     nodes, shape = ARRANGED[how]
     constants = {
-        "one": np.array([1]), "two": np.array([2]), "flat": np.array([-1]), "parts": np.array([1, 2]), "t": TABLE,
+        "one": np.array([1]), "two": np.array([2]), "three": np.array([-1, 3]), "parts": np.array([1, 2]), "t": TABLE,
     }  # fmt: skip
     look = helper.make_node("Gather", ["t", "p"], ["e"])
     inputs = [IDS, *([value("more", ["n", 3], TensorProto.INT64)] if how == "Concat" else [])]
@@ -157,6 +162,92 @@ def test_ids_that_ops_only_move_about_are_an_input_of_the_request_as_arranged(tm
     assert (said.lookups[0].keys, said.lookups[0].arranged_from) == ("p", arranged)
     assert said.lookups[0].feed_shape == [*shape, DIM]
     assert [t.name for t in program.inputs()] == ["e"]
+
+
+OTHERWISE = {  # inputs, what is done to them, and why nobody could serve it
+    "all in one": ([IDS], [helper.make_node("Flatten", ["ids"], ["p"], axis=0)],
+                   r"its ids have the fixed shape \[1, \?\].*: export with a name for the first dimension, dynamic_ax"),
+    "one after another": ([IDS], [helper.make_node("Reshape", ["ids", "flat"], ["p"])],
+                          "its ids are as many as 33 for 11 samples, and not one after another"),
+    "turned": ([IDS], [helper.make_node("Transpose", ["ids"], ["p"], perm=[1, 0])],
+               r"its ids have the fixed shape \[3, n\]"),
+    "below each other": ([IDS], [helper.make_node("Concat", ["ids", "ids"], ["p"], axis=0)], "22 for 11 samples"),
+    "a fixed number of samples": ([value("ids", [2, 3], TensorProto.INT64)], [], r"the fixed shape \[2, 3\]"),
+    "a single one": ([value("ids", [], TensorProto.INT64)], [], "its ids are a single number"),
+    "time first": ([value("ids", ["time", "n"], TensorProto.INT64), value("x", ["n"])], [],
+                   r"shape \[time, samples\], in which samples do not come first"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("how", OTHERWISE)
+def test_ids_that_do_not_lie_sample_by_sample_stay_and_the_report_says_why(tmp_path, how):
+    inputs, nodes, why = OTHERWISE[how]
+    look = helper.make_node("Gather", ["t", "p" if nodes else "ids"], ["e"])
+    more = [helper.make_node("Identity", ["x"], ["z"])] if len(inputs) > 1 else []
+    outputs = [*([value("z", ["n"])] if more else []), "y"]
+    place = made(tmp_path / "m", [*nodes, look, SUM, *more], {"t": TABLE, "flat": np.array([-1])}, inputs, outputs)
+    ((name, is_cut, reason),) = reasons(place)
+    assert (name, is_cut) == ("e", False)
+    assert re.search(why, reason)
+
+
+ADDED = {  # what is done to the ids, the columns and the constants of the request, and the name of what it holds
+    "to each column": ([helper.make_node("Add", ["ids", "starts"], ["p"])], [0, 500, 1500], "ids"),
+    "from the other side": ([helper.make_node("Add", ["starts", "ids"], ["p"])], [0, 500, 1500], "ids"),
+    "to all": ([helper.make_node("Add", ["ids", "seven"], ["p"])], [7], "ids"),
+    "less": ([helper.make_node("Sub", ["ids", "seven"], ["p"])], [-7], "ids"),
+    "twice": (
+        [helper.make_node("Add", ["ids", "starts"], ["q"]), helper.make_node("Sub", ["q", "seven"], ["p"])],
+        [-7, 493, 1493], "ids",
+    ),
+    "and cast": (
+        [helper.make_node("Add", ["ids", "starts"], ["q"]), helper.make_node("Cast", ["q"], ["p"], to=6)],
+        [0, 500, 1500], "p",
+    ),
+    "and turned about": (
+        [helper.make_node("Add", ["ids", "starts"], ["q"]), helper.make_node("Gather", ["q", "last"], ["p"], axis=1)],
+        [1500, 0], "p",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("how", ADDED)
+def test_constants_that_are_added_to_ids_are_the_lookups(tmp_path, how):
+    """One table of all fields, in which the rows of each begin where those of the one before it end."""
+    nodes, added, keys = ADDED[how]
+    constants = {"t": TABLE, "starts": np.array([0, 500, 1500]), "seven": np.int64(7), "last": np.array([2, 0])}
+    place = made(tmp_path / "m", [*nodes, helper.make_node("Gather", ["t", "p"], ["e"]), SUM], constants)
+    report, said, program = pruned(place, tmp_path)
+    assert (report.compared, report.largest_difference) == (256, 0)
+    (lookup,) = said.lookups
+    assert (lookup.keys, lookup.added) == (keys, added)
+    assert report.candidates[0].reason.endswith(f"; {', '.join(map(str, added))} added to ids")
+    assert [t.name for t in program.inputs()] == ["e"]
+    np.save(tmp_path / "keys.npy", np.random.default_rng(1).integers(0, 2**64, ROWS, dtype=np.uint64))
+    report, said, _ = pruned(place, tmp_path, vocabularies={"t": tmp_path / "keys.npy"})
+    assert (report.largest_difference, said.lookups[0].added) == (0, [])
+
+
+def test_lookups_to_whose_ids_other_constants_are_added_hold_keys_of_their_own(tmp_path):
+    nodes = [
+        helper.make_node("Gather", ["t", "ids"], ["e"]),
+        helper.make_node("Add", ["ids", "seven"], ["p"]),
+        helper.make_node("Gather", ["t", "p"], ["f"]),
+        helper.make_node("Add", ["e", "f"], ["y"]),
+    ]
+    place = made(tmp_path / "m", nodes, {"t": TABLE, "seven": np.int64(7)}, outputs=[value("y", ["n", 3, DIM])])
+    report, said, _ = pruned(place, tmp_path)
+    assert report.largest_difference == 0
+    assert [(k.keys, k.added) for k in said.lookups] == [("ids", []), ("p", [])]
+
+
+@pytest.mark.parametrize("constant", [np.arange(5)[:, None], np.arange(15).reshape(5, 3)])
+def test_constants_that_differ_from_sample_to_sample_stay(tmp_path, constant):
+    add = helper.make_node("Add", ["ids", "c"], ["p"])
+    place = made(tmp_path / "m", [add, helper.make_node("Gather", ["t", "p"], ["e"]), SUM], {"t": TABLE, "c": constant})
+    ((_, is_cut, reason),) = reasons(place)
+    assert not is_cut
+    assert "its ids" in reason
 
 
 def negative_from_the_end(kind):
@@ -381,9 +472,8 @@ def test_small_tables_stay_unless_they_are_named(tmp_path):
         helper.make_node("Gather", ["positions", "places"], ["p"]),
         helper.make_node("Add", ["e", "p"], ["y"]),
     ]
-    place = made(
-        tmp_path / "m", nodes, {"t": TABLE, "positions": TABLE[:512]}, [IDS, value("places", [1, 3], TensorProto.INT64)]
-    )
+    inputs = [IDS, value("places", ["n", 3], TensorProto.INT64)]
+    place = made(tmp_path / "m", nodes, {"t": TABLE, "positions": TABLE[:512]}, inputs)
     assert reasons(place) == [
         ("e", True, "2,000 rows of 4"),
         ("p", False, "512 rows, fewer than --min-rows 1,000"),
@@ -427,7 +517,7 @@ def test_fetch_says_what_the_outputs_are_and_the_rest_goes(tmp_path):
 
 
 def test_a_lookup_that_is_an_output_is_an_input_too(tmp_path):
-    place = made(tmp_path / "m", [LOOK, SUM], {"t": TABLE}, outputs=["e", "y"])
+    place = made(tmp_path / "m", [LOOK, SUM], {"t": TABLE}, outputs=["e", value("y", [])])
     report, said, _ = pruned(place, tmp_path)
     assert report.largest_difference == 0
     assert [t.name for t in said.outputs] == ["e", "y"]
@@ -603,8 +693,6 @@ def test_what_torch_exports_is_pruned_and_proven(din, tmp_path, process):
 
 @pytest.mark.parametrize("per_channel", [False, True])
 def test_what_onnxruntime_quantised_is_pruned_and_proven(din, tmp_path, per_channel):
-    from onnxruntime.quantization import quantize_dynamic
-
     (tmp_path / "q").mkdir()
     model = onnx.load(din / "din.onnx")
     del model.graph.value_info[:]  # shapes that quantising changes
@@ -612,6 +700,49 @@ def test_what_onnxruntime_quantised_is_pruned_and_proven(din, tmp_path, per_chan
     report, said, _ = pruned(tmp_path / "q", tmp_path)
     assert (report.compared, report.largest_difference) == (256, 0)
     assert {k.keys for k in said.lookups} == {"item", "history", "user"}
+
+
+def outputs_of(place, inputs):
+    """What onnxruntime makes of a program as it was trained."""
+    (file,) = place.glob("*.onnx")
+    session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+    return session.run(None, inputs)[0]
+
+
+def test_a_quantised_program_is_served_to_each_as_it_is_alone(din, tmp_path):
+    """It scales what it computes by the largest number of all samples, so requests that come together stay apart."""
+    (tmp_path / "q").mkdir()
+    model = onnx.load(din / "din.onnx")
+    del model.graph.value_info[:]
+    quantize_dynamic(model, tmp_path / "q" / "q.onnx")
+    prune(tmp_path / "q", tmp_path / "out", QUICK)
+    rng = np.random.default_rng(2)
+    given = [
+        {
+            "item": rng.integers(0, 1500, n), "history": rng.integers(0, 1500, (n, 4)),
+            "user": rng.integers(0, 1100, n),
+            "mask": rng.random((n, 4)) < 0.7, "x": rng.random((n, 2), np.float32),
+        }
+        for n in (1, 2, 3)
+    ]  # fmt: skip
+    names = ("item", "history", "user")
+    requests = [inputs | {name: inputs[name].astype(np.uint64) for name in names} for inputs in given]
+    lane, answers = served(tmp_path / "out", *requests)
+    assert not lane.batcher.limits.is_on
+    for inputs, answer in zip(given, answers, strict=True):
+        assert np.array_equal(answer.outputs["score"], outputs_of(tmp_path / "q", inputs))
+
+
+def test_ids_to_which_constants_are_added_are_served_as_they_came(tmp_path):
+    nodes = [helper.make_node("Add", ["ids", "starts"], ["p"]), helper.make_node("Gather", ["t", "p"], ["e"])]
+    nodes.append(helper.make_node("ReduceSum", ["e", "axes"], ["y"], keepdims=0))
+    constants = {"t": TABLE, "starts": np.array([0, 500, 1500]), "axes": np.array([1, 2])}
+    place = made(tmp_path / "m", nodes, constants, outputs=[value("y", ["n"])])
+    prune(place, tmp_path / "out", QUICK)
+    given = [np.random.default_rng(n).integers(0, 500, (n, 3)) for n in (1, 2, 3)]
+    _, answers = served(tmp_path / "out", *({"ids": ids.astype(np.uint64)} for ids in given))
+    for ids, answer in zip(given, answers, strict=True):
+        assert np.allclose(answer.outputs["y"], outputs_of(place, {"ids": ids}), rtol=1e-6, atol=1e-6)
 
 
 # ---- where elements lie ----
@@ -685,21 +816,6 @@ def test_what_is_read_is_what_onnx_reads(tmp_path_factory, tensors, seed):
         assert np.array_equal(numpy_helper.to_array(tensor), arrays.get(tensor.name, TABLE[:3]))
 
 
-WIDE = """
-import re, sys
-from pathlib import Path
-from trainer_tools.prune_program import prune
-def resident(what):
-    return int(re.search(what + r":\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) << 10
-prune(Path(sys.argv[1]), Path(sys.argv[3]))  # loads and compiles what is needed
-Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
-before = resident("VmRSS")
-report = prune(Path(sys.argv[2]), Path(sys.argv[3]))
-assert report.largest_difference == 0
-print(resident("VmHWM") - before)
-"""
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("outside", [None, {"location": "all.bin"}])
 def test_a_wide_table_takes_no_more_memory_than_twice_its_size(tmp_path, outside):
@@ -707,10 +823,7 @@ def test_a_wide_table_takes_no_more_memory_than_twice_its_size(tmp_path, outside
     table = np.random.default_rng(1).random((rows, dim), dtype=np.float32)
     wide = made(tmp_path / "m", [LOOK, SUM], {"t": table}, outside=outside)
     small = made(tmp_path / "s", [LOOK, SUM], {"t": TABLE})
-    line = [sys.executable, "-c", WIDE, str(small), str(wide), str(tmp_path / "out")]
-    done = subprocess.run(line, capture_output=True, text=True, cwd=ROOT, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert int(done.stdout) < 2 * table.nbytes
+    assert taken(small, wide, tmp_path / "out") < 2 * table.nbytes
     assert np.array_equal(np.load(tmp_path / "out/rows/t/rows.npy", mmap_mode="r"), table)
 
 
@@ -888,8 +1001,9 @@ def test_a_full_disk_leaves_nothing(tmp_path):
     line = [sys.executable, "-c", code, str(place), "--verify", "0"]
     done = subprocess.run(line, capture_output=True, text=True, cwd=ROOT, timeout=60)
     assert done.returncode == 1
-    assert done.stderr.startswith("prune-program: ")
-    assert done.stderr.count("\n") == 1
+    assert re.fullmatch(r"prune-program: .*/m.pruned: found File too large, expected .*: --out\n", done.stderr), (
+        done.stderr
+    )
     assert [p.name for p in tmp_path.iterdir()] == ["m"]
 
 
@@ -941,25 +1055,25 @@ def test_a_wrong_row_shows_in_the_proof(tmp_path, monkeypatch, wrong):
     assert [p.name for p in tmp_path.iterdir()] == ["m"]
 
 
-def test_inputs_of_every_kind_and_a_fixed_number_of_samples_are_proven(tmp_path, monkeypatch):
-    """Dims of one name are of one size; a program for two samples runs as often as it takes."""
+def test_inputs_of_every_kind_are_proven(tmp_path, monkeypatch):
+    """Dims of one name are of one size."""
     kinds = {"h": TensorProto.FLOAT16, "d": TensorProto.DOUBLE, "b": TensorProto.BOOL, "u": TensorProto.UINT8}
     nodes = [LOOK, SUM]
     for name in kinds:
         nodes += [helper.make_node("Cast", [name], [f"{name}1"], to=1)]
     nodes += [helper.make_node("Sum", ["y", *(f"{name}1" for name in kinds)], ["z"])]
     nodes += [helper.make_node("Identity", ["text"], ["upper"])]
-    inputs = [value("ids", [2, "m"], TensorProto.INT64), *(value(n, [2, "m", 4], k) for n, k in kinds.items())]
-    inputs += [value("text", ["k"], TensorProto.STRING)]
+    inputs = [value("ids", ["n", "m"], TensorProto.INT64), *(value(n, ["n", "m", 4], k) for n, k in kinds.items())]
+    inputs += [value("text", ["n"], TensorProto.STRING)]
     nodes += [helper.make_node("Add", ["d", "d"], ["twice"])]
-    outputs = ["z", value("upper", ["k"], TensorProto.STRING), value("twice", None, TensorProto.DOUBLE)]
+    outputs = ["z", value("upper", ["n"], TensorProto.STRING), value("twice", None, TensorProto.DOUBLE)]
     place = made(tmp_path / "m", nodes, {"t": TABLE}, inputs, outputs)
     runs = []
-    real = onnx_proof.difference
-    monkeypatch.setattr(onnx_proof, "difference", lambda one, other: runs.append(one.shape) or real(one, other))
+    real = proof.difference
+    monkeypatch.setattr(proof, "difference", lambda one, other: runs.append(one.shape) or real(one, other))
     report = prune(place, tmp_path / "out", Options(verify_samples=20))
     assert (report.compared, report.largest_difference) == (20, 0)
-    assert len(runs) == 3 * 10
+    assert len(runs) == 3
 
 
 def test_a_program_that_onnxruntime_cannot_run_is_refused_but_cut_without_proof(tmp_path):

@@ -60,7 +60,7 @@ def test_what_is_no_program_we_read_is_refused_with_what_to_do(tmp_path, file, c
 
 
 def test_no_directory_and_an_empty_one_are_refused(tmp_path):
-    with pytest.raises(BadData, match="nowhere: found No such file or directory, expected a directory"):
+    with pytest.raises(BadData, match="nowhere: found No such file or directory, expected a file or a directory"):
         prune(tmp_path / "nowhere", tmp_path / "out")
     (tmp_path / "empty").mkdir()
     refused(tmp_path / "empty", tmp_path, "found an empty directory, expected a torch.export program")

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from memory import taken
 from paddle_programs import DOUBLED, INNER, LOOKUP, QUICK, made, op, reason, refused, stream, variable
 from places import GOLDEN
 
@@ -187,6 +188,87 @@ def test_a_branch_that_nothing_needs_goes_with_its_block(tmp_path):
     program = paddle.load(tmp_path / "out" / "program")
     assert [t.name for t in program.inputs()] == ["x"]
     assert len(program.desc.blocks) == 1
+
+
+OTHER = op("lookup_table_v2", {"Ids": "b", "W": "t"}, {"Out": "z"})
+
+
+def ragged(place, *levels):
+    """The same program, whose variables are sequences: levels of each, 1 where they are not said."""
+    desc = ProgramDesc.FromString((place / "__model__").read_bytes())
+    said = dict(levels)
+    for var in desc.blocks[0].vars:
+        if not var.persistable:
+            var.type.dense_tensor.lod_level = said.get(var.name, 1)
+    (place / "__model__").write_bytes(desc.SerializeToString())
+    return place
+
+
+@pytest.mark.parametrize(
+    ("ops", "levels", "groups"),
+    [
+        ([op("concat", {"X": "x z"}, {"Out": "y"})], [], [["a.lengths", "b.lengths"]]),
+        ([op("relu", {"X": "x"}, {"Out": "p"}), op("sum", {"X": "p z"}, {"Out": "y"})], [],
+         [["a.lengths", "b.lengths"]]),
+        ([op("sequence_pool", {"X": "x"}, {"Out": "p"}), op("sequence_pool", {"X": "z"}, {"Out": "q"}),
+          op("sum", {"X": "p q"}, {"Out": "y"})], [("p", 0), ("q", 0), ("y", 0)], []),
+        ([op("sequence_expand", {"X": "x", "Y": "z"}, {"Out": "y"})], [], []),
+        ([op("sequence_concat", {"X": "x z"}, {"Out": "y"})], [], []),
+        ([op("sum", {"X": "x x"}, {"Out": "y"})], [], []),
+    ],
+)  # fmt: skip
+def test_sequences_that_are_joined_have_to_be_as_long_in_each_input(tmp_path, ops, levels, groups):
+    place = made(tmp_path / "m", [LOOKUP, OTHER, *ops], variable("p", [-1, 3]), variable("q", [-1, 3]))
+    prune(ragged(place, *levels), tmp_path / "out", QUICK)
+    assert manifest.read(manifest.Manifest, tmp_path / "out" / "manifest.json").alike == groups
+
+
+@pytest.mark.parametrize(
+    ("dims", "levels", "why"),
+    [
+        (
+            {"a": [8, 1]},
+            [],
+            "its ids have the fixed shape [8, 1], and a request any number of samples: save it with -1",
+        ),
+        ({"a": [8, -1]}, [], "its ids have the fixed shape [8, ?], and"),
+        ({}, [("a", 2)], "a holds sequences of sequences (LoD level 2 or more)"),
+        ({}, [("y", 2)], "y holds sequences of sequences (LoD level 2 or more)"),
+    ],
+)
+def test_ids_that_no_request_could_hold_sample_by_sample_stay(tmp_path, dims, levels, why):
+    place = made(tmp_path / "m", [LOOKUP, DOUBLED])
+    if levels:
+        ragged(place, *levels)
+    desc = ProgramDesc.FromString((place / "__model__").read_bytes())
+    for var in desc.blocks[0].vars:
+        if var.name in dims:
+            var.type.dense_tensor.tensor.dims[:] = dims[var.name]
+    (place / "__model__").write_bytes(desc.SerializeToString())
+    ((_, is_cut, reason_said),) = reason(place)
+    assert not is_cut
+    assert reason_said.startswith(why)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("combined", [False, True])
+def test_a_wide_table_takes_no_more_memory_than_twice_its_size(tmp_path, combined):
+    table = np.random.default_rng(1).random((600_000, 64), dtype=np.float32)
+    places = []
+    for name, rows in (("small", table[:2000]), ("wide", table)):
+        wide = [variable("w", rows.shape, persistable=True), variable("p", [1, 3], persistable=True)]
+        look = op("lookup_table_v2", {"Ids": "a", "W": "w"}, {"Out": "x"})
+        place = made(tmp_path / name, [look, op("matmul_v2", {"X": "x", "Y": "p"}, {"Out": "y"})], *wide, tables=())
+        parameters = {"p": stream(np.ones((1, 3), "<f4")), "w": stream(rows)}
+        if combined:
+            (place / "__params__").write_bytes(parameters["p"] + parameters["w"])
+        else:
+            for parameter, content in parameters.items():
+                (place / parameter).write_bytes(content)
+        places.append(place)
+    assert taken(*places, tmp_path / "out", samples=0) < 2 * table.nbytes
+    assert np.array_equal(np.load(tmp_path / "out/rows/w/rows.npy", mmap_mode="r"), table)
+    assert list(paddle.load(tmp_path / "out/program").parameters) == ["p"]
 
 
 # ---- walking back, against a run ----

@@ -8,10 +8,15 @@ import sys
 
 import numpy as np
 import pytest
+from paddle_interpreter import run
 from places import ROOT
 
 from cube.client import LocalCube
-from cube.errors import DataCorrupt
+from cube.errors import BadData, DataCorrupt
+from cube.rows import RowFormat
+from trainer_tools import accuracy, criteo
+from trainer_tools.accuracy import Wanted
+from trainer_tools.programs import paddle
 from trainer_tools.prune_program import prune
 from trainer_tools.pruning import Options
 
@@ -74,6 +79,61 @@ def test_a_wrong_row_shows_in_the_proof(model, tmp_path, stand_in, monkeypatch, 
     ):
         prune(model("331-ctr"), tmp_path / "out", Options(verify_samples=20, paddle_python=stand_in))
     assert [p.name for p in tmp_path.iterdir()] == ["331-ctr"]
+
+
+@pytest.fixture
+def clicks(tmp_path):
+    """Labelled requests for 185-lod: slots of 0 to 3 ids."""
+    rng = np.random.default_rng(3)
+    arrays = {"dense_input": rng.random((60, 5), np.float32), "label": rng.integers(0, 2, 60)}
+    for name in ("C1", "C2", "C3"):
+        lengths = rng.integers(0, 4, (60, 1)).astype(np.int32)
+        arrays |= {name: rng.integers(0, 1001, lengths.sum()), f"{name}.lengths": lengths}
+    np.savez(tmp_path / "clicks.npz", **arrays)
+    return arrays
+
+
+@pytest.mark.parametrize(("row_format", "most"), [("f32", 0), ("i8", 2e-2)])
+def test_what_a_row_format_does_to_programs_of_sequences_is_measured(
+    model, tmp_path, stand_in, clicks, monkeypatch, row_format, most
+):
+    monkeypatch.setattr(accuracy, "BATCH", 25)  # in several parts, the last of them smaller
+    wanted = Wanted(RowFormat.parse(row_format), tmp_path / "clicks.npz", max_auc_loss=0.1)
+    options = Options(verify_samples=0, paddle_python=stand_in, wanted=wanted)
+    found = prune(model("185-lod"), tmp_path / "out", options).accuracy
+    given = {
+        name: array for name, array in clicks.items() if name not in ("label", *(f"C{i}.lengths" for i in (1, 2, 3)))
+    }
+    lods = {name: np.concatenate([[0], np.cumsum(clicks[f"{name}.lengths"])]) for name in ("C1", "C2", "C3")}
+    scores = run(paddle.load(tmp_path / "185-lod"), {n: a[:, None] if n in lods else a for n, a in given.items()}, lods)
+    assert found.samples == 60
+    assert (found.largest_change == 0) == (row_format == "f32")
+    assert found.largest_change <= most
+    assert found.auc[0] == criteo.auc(clicks["label"].astype(np.int8), next(iter(scores.values()))[:, 1])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"C1.lengths": np.int32([[1]] * 60)}, "'C1.lengths': found lengths that sum to 60, .* keys"),
+        ({"C2.lengths": np.int32([[0]] * 59), "C2": np.int64([])}, "found .*59 in 'C2.lengths'.*as many samples in"),
+        ({"C3": np.zeros((9, 1), np.int64)}, r"'C3': found int64 \[9, 1\], expected UINT64 \[-1\]"),
+    ],
+)
+def test_sequences_that_do_not_fit_are_refused(model, tmp_path, stand_in, clicks, changes, message):
+    np.savez(tmp_path / "clicks.npz", **(clicks | changes))
+    options = Options(verify_samples=0, paddle_python=stand_in, wanted=Wanted(RowFormat.I8, tmp_path / "clicks.npz"))
+    with pytest.raises(BadData, match=message):
+        prune(model("185-lod"), tmp_path / "out", options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_sequences_that_the_program_joins_have_to_be_as_long(model, tmp_path, stand_in):
+    arrays = {"words": np.arange(6), "words.lengths": np.int32([[2], [4]]), "marks": np.ones((6, 1), np.int64)}
+    options = Options(verify_samples=0, paddle_python=stand_in, wanted=Wanted(RowFormat.I8, tmp_path / "d.npz"))
+    np.savez(tmp_path / "d.npz", **arrays, **{"marks.lengths": np.int32([3, 3])})
+    with pytest.raises(BadData, match=r"'marks\.lengths' and 'words\.lengths': found different lengths"):
+        prune(model("185-tagger"), tmp_path / "out", options)
 
 
 # ---- with Paddle ----

@@ -1,5 +1,6 @@
 """prune-program: real torch programs in, dense program and rows out, the same scores; nothing unsafe, nothing torn."""
 
+import errno
 import json
 import pickle
 import re
@@ -21,6 +22,7 @@ from cube.errors import BadData, DataCorrupt
 from trainer_tools import manifest
 from trainer_tools.export_rows import rows_of
 from trainer_tools.programs import torch_export
+from trainer_tools.programs.detect import format_of
 from trainer_tools.programs.program import Rules
 from trainer_tools.prune_program import prune
 from trainer_tools.pruning import Options
@@ -242,7 +244,8 @@ def test_an_absent_key_counts_so_padding_without_a_key_is_refused(model, tmp_pat
 def test_a_full_disk_leaves_nothing(tmp_path):
     """Every file the tool writes is cut off at 64 KiB, which the kernel reports as it does a full disk."""
     (tmp_path / "big").mkdir()
-    program = torch.export.export(torch.nn.Embedding(5000, 16), (torch.zeros(3, dtype=torch.int64),))
+    ids, dims = torch.zeros(3, dtype=torch.int64), ({0: Dim("B")},)
+    program = torch.export.export(torch.nn.Embedding(5000, 16), (ids,), dynamic_shapes=dims)
     torch.export.save(program, tmp_path / "big" / "program.pt2")
     code = (
         "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
@@ -258,14 +261,24 @@ def test_a_full_disk_leaves_nothing(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["big"]
 
 
-def test_a_lookup_that_the_signature_does_not_name_stays(model, tmp_path):
-    change(model, lambda said: said["lookups"].pop())
-    report = prune(model, tmp_path / "out")
+def test_a_lookup_that_the_signature_does_not_name_stays(tmp_path):
+    report = prune(fields(tmp_path / "m", field("vectors.weight", vocabulary="keys.npy")), tmp_path / "out")
     assert [(c.is_cut, c.reason) for c in report.candidates] == [
-        (True, "11 rows of 4"),
+        (False, "signature.json does not name it"),
+        (True, "12 rows of 4"),
         (False, "signature.json does not name it"),
     ]
     assert report.largest_difference == 0
+
+
+@pytest.mark.parametrize("drop", [lambda said: said["lookups"].pop(), lambda said: said["lookups"].pop(0)])
+def test_bags_that_stay_are_refused_for_samples_do_not_come_first_in_their_ids(model, tmp_path, drop):
+    change(model, drop)
+    with pytest.raises(
+        BadData, match=r"input '(user|item)_ids': found shape \[s\d+\], expected samples first; if lookups"
+    ):
+        prune(model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_without_a_signature_requests_name_keys_as_the_program_names_ids(model, tmp_path):
@@ -305,19 +318,22 @@ def test_the_trained_model_is_not_written_into(model):
         prune(model, model / "out")
 
 
-def test_lookups_to_keep_stay_and_the_report_says_why(model, tmp_path):
-    report = prune(model, tmp_path / "out", Options(rules=Rules(keep=["items.weight"]), verify_samples=0))
+def test_lookups_to_keep_stay_and_the_report_says_why(tmp_path):
+    model = fields(tmp_path / "m")
+    (model / "signature.json").unlink()
+    report = prune(model, tmp_path / "out", Options(rules=Rules(min_rows=8, keep=["weights.weight"])))
     assert [(c.lookup.table, c.is_cut, c.reason) for c in report.candidates] == [
-        ("users.weight", True, "11 rows of 4"),
-        ("items.weight", False, "--keep names it"),
+        ("weights.weight", False, "--keep names it"),
+        ("vectors.weight", True, "12 rows of 4"),
+        ("days.weight", False, "7 rows, fewer than --min-rows 8"),
     ]
     said = manifest.read(manifest.Manifest, tmp_path / "out" / "manifest.json")
-    assert [t.name for t in said.inputs] == ["x", "item_ids", "item_offsets"]
-    assert list(said.tables) == ["users"]
+    assert [t.name for t in said.inputs] == ["fields", "day"]
+    assert list(said.tables) == ["vectors.weight"]
     with pytest.raises(BadData, match="--only: found 'nobody', expected a lookup or table"):
         prune(model, tmp_path / "out", Options(rules=Rules(only=["nobody"])))
-    with pytest.raises(BadData, match="no lookup to cut: embedding_bag stays: 11 rows, fewer than --min-rows 12"):
-        prune(model, tmp_path / "out", Options(rules=Rules(min_rows=12)))
+    with pytest.raises(BadData, match="embedding, embedding_1 stay: 12 rows, fewer than --min-rows 13; embedding_2 s"):
+        prune(model, tmp_path / "out", Options(rules=Rules(min_rows=13)))
 
 
 def test_a_program_without_lookups_is_refused(model, tmp_path):
@@ -440,3 +456,125 @@ def test_the_command_says_what_it_did_and_exits_1_on_errors(model, command):
     assert failed.returncode == 1
     assert failed.stderr.startswith("prune-program: ")
     assert failed.stderr.count("\n") == 1
+
+
+def test_outputs_to_fetch_stay_and_what_only_others_need_goes(tmp_path, command):
+    class Tasks(Fields):
+        def forward(self, fields, day):
+            return super().forward(fields, day) | {"day": self.days(day).sum(1)}
+
+    (tmp_path / "m").mkdir()
+    ids, dims = torch.zeros(3, 2, dtype=torch.int64), ({0: Dim("B")}, {0: Dim("B")})
+    program = torch.export.export(Tasks().eval(), (ids, ids[:, 0]), dynamic_shapes=dims)
+    torch.export.save(program, tmp_path / "m" / "p.pt2")
+    report = prune(tmp_path / "m", tmp_path / "out", Options(rules=Rules(min_rows=1), fetch=["day"]))
+    assert ([c.lookup.table for c in report.candidates], report.largest_difference) == (["days.weight"], 0)
+    said = manifest.read(manifest.Manifest, tmp_path / "out" / "manifest.json")
+    assert ([t.name for t in said.outputs], said.inputs) == (["day"], [])
+    failed = command("prune-program", tmp_path / "m", "--fetch", "nobody")
+    assert "--fetch: found 'nobody', expected an output of the program: score, day" in failed.stderr
+
+
+@pytest.mark.parametrize("name", ["program.pt2", "signature.json"])
+def test_a_program_named_by_its_file_is_what_its_directory_says(model, tmp_path, name):
+    report = prune(model / name, tmp_path / "out")
+    assert (report.name, report.version, report.largest_difference) == ("two-towers", 42, 0)
+
+
+def test_another_program_than_the_one_a_signature_explains_has_none(model, tmp_path):
+    shutil.copy(model / "program.pt2", model / "second.pt2")
+    report = prune(model / "second.pt2", tmp_path / "out", Options(rules=Rules(min_rows=1)))
+    assert (report.name, report.largest_difference) == ("second", 0)
+
+
+@pytest.mark.parametrize(
+    ("name", "head", "message"),
+    [
+        (
+            "m.pt",
+            b"PK\3\4",
+            r"found a zip archive of TorchScript or torch.save, which is not opened, expected .*export",
+        ),
+        ("m.pth", b"\x80\2}", r"found a pickle, which is not opened, expected .*torch\.export\.save"),
+        ("m.json", b'{"base_code": {"magic": "pir"}}', r"found a program of Paddle 3's PIR"),
+        ("m.txt", b"", r"m\.txt: found m\.txt, expected a torch\.export program"),
+    ],
+)
+@pytest.mark.parametrize("is_named", [True, False])
+def test_what_is_read_by_nobody_is_refused_as_a_file_and_in_a_directory(
+    tmp_path, command, name, head, message, is_named
+):
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / name).write_bytes(head)
+    failed = command("prune-program", tmp_path / "m" / name if is_named else tmp_path / "m")
+    assert failed.returncode == 1
+    assert re.search(message if is_named else message.replace(r"m\.txt: ", ""), failed.stderr)
+    assert failed.stderr.count("\n") == 1
+
+
+def test_a_file_that_happens_to_be_called_model_makes_no_directory_paddles(model):
+    (model / "model").touch()
+    assert format_of(model) == "torch.export"
+    (model / "signature.json").unlink()
+    (model / "program.pt2").rename(model / "program.onnx")
+    assert format_of(model) == "onnx"
+    (model / "program.onnx").unlink()
+    assert format_of(model) == "paddle"
+
+
+@pytest.mark.parametrize(("picture", "found"), [("nowhere/p.svg", "no directory "), (".", "a directory")])
+def test_a_picture_that_cannot_be_written_is_refused_before_the_work(model, tmp_path, command, picture, found):
+    failed = command("prune-program", model, "--svg", tmp_path / picture)
+    assert failed.returncode == 1
+    assert f"found {found}" in failed.stderr
+    assert "expected a file in a directory that exists" in failed.stderr
+    assert not (tmp_path / "two-towers.pruned").exists()
+
+
+def test_the_report_is_printed_though_its_picture_cannot_be_written(model, tmp_path, command):
+    failed = command("prune-program", model, "--svg", "/dev/full")
+    assert failed.returncode == 1
+    assert "largest difference 0" in failed.stdout
+    assert (
+        failed.stderr
+        == "prune-program: /dev/full: found No space left on device, expected a disk with more room: --svg\n"
+    )
+    assert (tmp_path / "two-towers.pruned" / "manifest.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("raised", "said"),
+    [
+        (
+            OSError(errno.ENOSPC, "No space left on device", "/x/y"),
+            "/x/y: found No space left on device, expected a disk",
+        ),
+        (
+            OSError(errno.EACCES, "Permission denied", "/x/y"),
+            "/x/y: found Permission denied, expected a place that you",
+        ),
+        (OSError("5 requested and 3 written"), "OUT: found 5 requested and 3 written, expected a place to write to"),
+    ],
+)
+def test_a_place_that_cannot_be_written_to_is_named_with_what_to_do(
+    model, tmp_path, command, monkeypatch, raised, said
+):
+    def failing(*args):
+        raise raised
+
+    monkeypatch.setattr("trainer_tools.prune_torch.write_rows", failing)
+    failed = command("prune-program", model, "--out", tmp_path / "out")
+    assert failed.returncode == 1
+    assert failed.stderr.startswith(f"prune-program: {said.replace('OUT', str(tmp_path / 'out'))}")
+    assert failed.stderr.endswith(": --out\n")
+    assert [path.name for path in tmp_path.iterdir()] == ["two-towers"]
+
+
+def test_the_readme_says_what_every_field_of_a_manifest_holds():
+    rows = [
+        line.split("|")[1] for line in (ROOT / "trainer_tools" / "README.md").read_text().splitlines() if "|" in line
+    ]
+    documented = {name for row in rows for name in re.findall(r"`\.?([a-zA-Z0-9_.]+)(?:\[\])?`", row)}
+    known = {name.rpartition(".")[2] for name in documented} | documented
+    for part in (manifest.Manifest, manifest.Lookup, manifest.Program):
+        assert set(part.__struct_fields__) - {"program", "tables"} <= known, part

@@ -1,19 +1,22 @@
 """prune-program on every form of lookup that torch exports: each is cut, and proven to compute the same bits."""
 
+import re
 import subprocess
 import sys
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from places import ROOT
+from pruned_models import assert_serves
 from torch.export import Dim
 
 from cube.errors import BadData
 from trainer_tools import manifest
 from trainer_tools.programs import torch_export
 from trainer_tools.programs.program import Rules
-from trainer_tools.prune_program import prune
+from trainer_tools.prune_program import prune, survey
 from trainer_tools.pruning import Options
 
 ROWS, DIM = 60, 4
@@ -38,9 +41,10 @@ def saved(directory, model, example, dims, decompose=False):
 
 
 def pruned(directory, options=ALL):
-    """The report and the manifest of a pruned copy beside it, and the program."""
+    """The report and the manifest of a pruned copy beside it, which a predictor serves, and the program."""
     out = directory.parent / "out"
     report = prune(directory, out, options)
+    assert_serves(out)
     said = manifest.read(manifest.Manifest, out / "manifest.json")
     return report, said, torch_export.load(out / "program.pt2")
 
@@ -127,6 +131,7 @@ class Parameter(torch.nn.Module):
 BY_OFFSETS = ((ids(6), torch.arange(3)), ({0: K}, {0: B}))
 MATRIX = ((ids(3, 5),), ({0: B, 1: L},))
 COLUMNS = ((ids(3, 5),), ({0: B},))
+TIME_MAJOR = ((ids(5, 3),), ({0: L, 1: B},))
 FORMS = {
     "mean": lambda: (Bag(mode="mean"), *BY_OFFSETS),
     "sum": lambda: (Bag(mode="sum"), *BY_OFFSETS),
@@ -144,7 +149,6 @@ FORMS = {
     "a matrix of any width": lambda: (Rows(mode="mean"), *MATRIX),
     "a matrix": lambda: (Rows(mode="max", padding_idx=1), *COLUMNS),
     "a weighted matrix": lambda: (WeightedRows(mode="sum"), (ids(3, 5), torch.ones(3, 5)), ({0: B}, {0: B})),
-    "a fixed batch": lambda: (Rows(mode="sum"), (ids(8, 5),), None),
     "float16 sums": lambda: (Rows(mode="sum", dtype=torch.float16), *COLUMNS),
     "float16 maxima": lambda: (Rows(mode="max", dtype=torch.float16), *COLUMNS),
     "bfloat16 maxima": lambda: (Rows(mode="max", dtype=torch.bfloat16), *COLUMNS),
@@ -211,6 +215,118 @@ def test_names_of_a_request_mean_one_thing_each(tmp_path):
         ("ids.keys", None, None),
     ]
     assert [tensor.name for tensor in said.inputs] == ["weights"]
+
+
+# ---- constants added to ids ----
+
+
+class Shifted(torch.nn.Module):
+    """One table for three fields, whose rows begin at 0, 10 and 40."""
+
+    def __init__(self, shift, bag=""):
+        super().__init__()
+        self.table = torch.nn.EmbeddingBag(ROWS, DIM, mode=bag) if bag else torch.nn.Embedding(ROWS, DIM)
+        self.register_buffer("begin", torch.tensor([0, 10, 40]))
+        self.shift = shift
+
+    def forward(self, ids):
+        return {"score": self.table(self.shift(self, ids)).flatten(1).sum(1)}
+
+
+FIELDS = (ids(3, 3),)
+SHIFTS = {
+    "a buffer": (lambda m, ids: ids + m.begin, [0, 10, 40]),
+    "a buffer, the other way round": (lambda m, ids: m.begin.unsqueeze(0) + ids, [0, 10, 40]),
+    "a new tensor": (lambda m, ids: ids + ids.new_tensor([0, 10, 40]).unsqueeze(0), [0, 10, 40]),
+    "a computed one": (lambda m, ids: ids + torch.arange(3) * 10, [0, 10, 20]),
+    "a number": (lambda m, ids: ids + 1, [1]),
+    "a number, subtracted": (lambda m, ids: ids - 2, [-2]),
+    "several times": (lambda m, ids: (ids + 1) + m.begin, [1, 11, 41]),
+    "to columns": (lambda m, ids: torch.stack([ids[:, 0] + 5, ids[:, 2]], 1), [5, 0]),
+    "to int32": (lambda m, ids: ids.int() + m.begin.int(), [0, 10, 40]),
+    "none in the end": (lambda m, ids: ids + 1 - 1, []),
+}
+
+
+@pytest.mark.parametrize(
+    ("shift", "bag"),
+    [(shift, "") for shift in SHIFTS] + [(shift, "mean") for shift in ("a buffer", "a number", "to columns")],
+)
+def test_constants_added_to_ids_are_in_the_manifest(tmp_path, shift, bag):
+    shifted, added = SHIFTS[shift]
+    report, said, program = pruned(saved(tmp_path / "model", Shifted(shifted, bag), FIELDS, ({0: B},)))
+    asserts_proven(report, program, 1)
+    assert said.lookups[0].added == added
+    assert (f"; {', '.join(map(str, added))} added to ids" in report.candidates[0].reason) == bool(added)
+
+
+def test_where_rows_have_keys_of_their_own_a_request_holds_these(tmp_path):
+    np.save(tmp_path / "keys.npy", np.arange(ROWS, dtype=np.uint64) * 7)
+    model = saved(tmp_path / "model", Shifted(SHIFTS["a buffer"][0]), FIELDS, ({0: B},))
+    options = Options(rules=ALL.rules, vocabularies={"table.weight": tmp_path / "keys.npy"})
+    report, said, _ = pruned(model, options)
+    assert (report.largest_difference, said.lookups[0].added) == (0, [])
+
+
+class FieldsFm(torch.nn.Module):
+    """A weight and a vector for each id, both adding where fields begin, each for itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.weights, self.vectors = torch.nn.Embedding(ROWS, 1), torch.nn.Embedding(ROWS, DIM)
+
+    def forward(self, x):
+        rows = self.vectors(x + x.new_tensor([0, 10, 40]))
+        pairs = (rows.sum(1).square() - rows.square().sum(1)).sum(1)
+        return self.weights(x + x.new_tensor([0, 10, 40])).sum((1, 2)) + pairs + self.vectors(x + 1).sum((1, 2))
+
+
+def test_lookups_of_the_same_sums_share_keys_and_others_do_not(tmp_path):
+    report, said, program = pruned(saved(tmp_path / "model", FieldsFm(), FIELDS, ({0: B},)))
+    asserts_proven(report, program, 3)
+    assert sorted((lookup.keys, lookup.added) for lookup in said.lookups) == [
+        ("x", [0, 10, 40]),
+        ("x", [0, 10, 40]),
+        ("x.keys", [1]),
+    ]
+
+
+class Mixed(torch.nn.Module):
+    """A lookup of sums that differ between samples, before one of the ids as they are."""
+
+    def __init__(self):
+        super().__init__()
+        self.stays, self.goes = torch.nn.Embedding(2 * ROWS, DIM), torch.nn.Embedding(ROWS, DIM)
+
+    def forward(self, ids):
+        flat = ids.reshape(-1)
+        stays = self.stays((ids + torch.arange(5)).reshape(-1)).reshape(-1, 5 * DIM)
+        return stays.sum(1) + self.goes(flat.reshape(-1, 5)).sum((1, 2)) + self.goes(ids).sum((1, 2))
+
+
+def test_ids_are_not_taken_for_sums_that_cannot_be_said(tmp_path):
+    report, said, _ = pruned(saved(tmp_path / "model", Mixed(), *COLUMNS))
+    assert [candidate.is_cut for candidate in report.candidates] == [False, True, True]
+    assert (report.largest_difference, [lookup.added for lookup in said.lookups]) == (0, [[], []])
+
+
+class Named(torch.nn.Module):
+    """Inputs that are called as functions of Python are, which torch calls otherwise."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = torch.nn.Embedding(ROWS, DIM)
+
+    def forward(self, input, type):
+        return {"hash": self.table(input).sum((1, 2)) + type * (input != 0).sum(1)}
+
+
+def test_inputs_keep_the_names_they_have_in_the_program(tmp_path):
+    model = saved(tmp_path / "model", Named(), (ids(3, 5), torch.ones(3)), ({0: B}, {0: B}))
+    report, said, program = pruned(model)
+    asserts_proven(report, program, 1)
+    assert [tensor.name for tensor in said.inputs] == ["input", "type"]
+    assert said.lookups[0].keys == "input.keys"
 
 
 # ---- models ----
@@ -352,6 +468,10 @@ def table(**settings):
     return torch.nn.Embedding(ROWS, DIM, **settings)
 
 
+def larger():
+    return torch.nn.Embedding(2 * ROWS, DIM)
+
+
 def bag(**settings):
     return torch.nn.EmbeddingBag(ROWS, DIM, **settings)
 
@@ -367,6 +487,11 @@ OBSTACLES = {
     "max_norm: a lookup changes its table, a bag's too": lambda: Two(lambda m, ids: m.t(ids), t=bag(max_norm=1.0)),
     "its ids are computed by op remainder": lambda: Two(lambda m, ids: m.t(ids * 31 % ROWS), t=table()),
     "its ids are computed by op floor_divide": lambda: Two(lambda m, ids: m.t((ids // 7).unsqueeze(1)), t=table()),
+    "to its ids constants are added that are not the same in every sample": lambda: Two(
+        lambda m, ids: m.t((ids + torch.arange(5)).reshape(-1)).reshape(-1, 5 * DIM), t=larger()
+    ),
+    "its ids are computed by op add": lambda: Two(lambda m, ids: m.t(ids + ids), t=larger()),
+    "its ids are computed by op mul": lambda: Two(lambda m, ids: m.t(ids * 2), t=larger()),
     "its ids are constants, arange": lambda: Two(lambda m, ids: m.t(torch.arange(5)).sum() + ids, t=table()),
     "its ids are cast to uint8": lambda: Two(lambda m, ids: m.t(ids.to(torch.uint8).int()), t=table()),
     "its rows are float64; a cube's are float32": lambda: Two(lambda m, ids: m.t(ids), t=table(dtype=torch.float64)),
@@ -393,6 +518,46 @@ def test_a_lookup_that_cannot_be_cut_stays_with_its_reason_and_the_rest_goes(tmp
     assert report.largest_difference == 0
     with pytest.raises(BadData, match=r"--only, lookup .*: found .*expected a lookup that can be cut"):
         prune(tmp_path / "model", tmp_path / "other", Options(rules=Rules(only=[stays[0].lookup.name])))
+
+
+# ---- what a predictor cannot tell apart by samples ----
+
+
+class SomeBags(Bag):
+    """Bags that do not belong to samples."""
+
+    def forward(self, x, ids, offsets):
+        return {"score": x.sum(1) + self.bag(ids, offsets).sum()}
+
+
+UNSERVABLE = {
+    "its ids have the fixed shape [8, 5], and a request any number of samples: export with dynamic_shapes={'ids': {0": (
+        lambda: (Rowwise(), (ids(8, 5),), None)
+    ),
+    "its bags have the fixed shape [8], and a request any number of samples": (
+        lambda: (Rows(mode="sum"), (ids(8, 5),), None)
+    ),
+    "its ids have shape [5*s": lambda: (
+        Rowwise(lambda ids: ids.reshape(-1), lambda rows: rows.reshape(-1, 5 * DIM)), *COLUMNS
+    ),
+    "its ids have shape [s": lambda: (Rowwise(pool=lambda rows: rows.sum(0)), *TIME_MAJOR),
+    "its ids are a single number": lambda: (Rowwise(pool=lambda rows: rows.unsqueeze(0)), (ids(),), None),
+    "output 'score' has shape [5*s": lambda: (Rowwise(pool=lambda rows: rows.flatten(0, 1)), *COLUMNS),
+    "its bags have shape [s": lambda: (
+        SomeBags(), (torch.zeros(3, 5), ids(9), ids(4)), ({0: B}, {0: K}, {0: L})
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("finding", UNSERVABLE)
+def test_what_does_not_go_by_samples_is_refused_before_anything_is_written(tmp_path, finding):
+    model = saved(tmp_path / "model", *UNSERVABLE[finding]())
+    with pytest.raises(BadData, match=f"no lookup to cut: .* stays: {re.escape(finding)}"):
+        prune(model, tmp_path / "out", ALL)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    (candidate,) = survey(model, ALL)
+    assert not candidate.is_cut
+    assert candidate.reason.startswith(finding)
 
 
 class Branches(torch.nn.Module):

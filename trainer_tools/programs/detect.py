@@ -1,5 +1,6 @@
 """Which format a directory's program has, from names and first bytes; nothing is loaded."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
@@ -9,33 +10,34 @@ from trainer_tools.programs import paddle_desc
 from trainer_tools.programs.paddle import MODEL_FILES
 
 Format = Literal["torch.export", "paddle", "onnx"]
-_ONNX = ".onnx"
+# The first that one of the names has. A file may be called `model` for other reasons.
+_SIGNS: tuple[tuple[Format, Callable[[str], bool]], ...] = (
+    ("paddle", lambda name: name == "__model__" or name.endswith(".pdmodel")),
+    ("torch.export", lambda name: name == SIGNATURE_FILE or name.endswith(".pt2")),
+    ("onnx", lambda name: name.endswith(".onnx")),
+    ("paddle", lambda name: name in MODEL_FILES),
+)
 _TORCH_RECIPE = "a torch.export archive: torch.export.save(torch.export.export(model, example_inputs), 'program.pt2')"
 _FORMATS = "a torch.export program (*.pt2), a Paddle program (__model__ or *.pdmodel) or an ONNX program (*.onnx)"
 _HEAD = 4096
 
 
-def format_of(directory: Path) -> Format:
-    """The format of the program in a directory, or in a file that is named, which only an ONNX program is.
+def format_of(place: Path) -> Format:
+    """The format of the program in a directory, or in a file that is named.
 
     Raises BadData for one we do not read, saying how to export it.
     """
-    if directory.suffix == _ONNX and directory.is_file():
-        return "onnx"
     try:
-        files = sorted(path for path in directory.iterdir() if path.is_file())
+        files = [place] if place.is_file() else sorted(path for path in place.iterdir() if path.is_file())
+        names = [path.name for path in files]
+        for form, is_its in _SIGNS:
+            if any(map(is_its, names)):
+                return form
+        for path in files:
+            _refuse_known(path)
     except OSError as error:
-        raise BadData(str(directory), error.strerror, f"a directory: {_FORMATS}") from error
-    names = {path.name for path in files}
-    if any(name in MODEL_FILES or name.endswith(".pdmodel") for name in names):
-        return "paddle"
-    if SIGNATURE_FILE in names or any(name.endswith(".pt2") for name in names):
-        return "torch.export"
-    if any(name.endswith(_ONNX) for name in names):
-        return "onnx"
-    for path in files:
-        _refuse_known(path)
-    raise BadData(str(directory), ", ".join(sorted(names)) or "an empty directory", _FORMATS)
+        raise BadData(str(place), error.strerror, f"a file or a directory: {_FORMATS}") from error
+    raise BadData(str(place), ", ".join(names) or "an empty directory", _FORMATS)
 
 
 def _refuse_known(path: Path) -> None:

@@ -5,12 +5,12 @@ from functools import cached_property
 from math import prod
 from typing import NamedTuple
 
-import numpy as np
 from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto
 
 from trainer_tools.programs import onnx_file, onnx_graph, onnx_rows
 from trainer_tools.programs.onnx_file import inner_graphs
 from trainer_tools.programs.onnx_graph import dims_of, initializers, reads, writes
+from trainer_tools.programs.onnx_ids import IdsFinder, Origin
 from trainer_tools.programs.onnx_rows import Step, Table
 from trainer_tools.programs.program import Lookup
 
@@ -23,25 +23,16 @@ _OTHER_LOOKUPS = {  # which of its inputs is the table, and why it stays
     "GatherND": (0, "it finds elements by several numbers each, not rows by ids"),
     "QEmbedLayerNormalization": (2, "lookup and layer norm are one op"),
 }
-# Ops that only move ids about: what comes out is ids that a request can hold as they are. All but Concat have them in
-# their first input, and in the others where they go.
-_REARRANGE = {
-    "Cast", "Concat", "Expand", "Flatten", "Gather", "Identity", "Reshape", "Slice", "Split", "Squeeze", "Tile",
-    "Transpose", "Unsqueeze",
-}  # fmt: skip
-# Arithmetic that may leave every id of a table as it is: Keras and JAX count negative ones from the end this way.
-_ELEMENTWISE = {
-    "Abs", "Add", "And", "Cast", "Clip", "Div", "Equal", "Greater", "GreaterOrEqual", "Identity", "Less", "LessOrEqual",
-    "Max", "Min", "Mod", "Mul", "Not", "Or", "Sub", "Where",
-}  # fmt: skip
 _SMALL_INTEGERS = {TensorProto.INT8, TensorProto.UINT8, TensorProto.INT16, TensorProto.UINT16}  # exact as float32
-_IDS_AT_ONCE = 1 << 20
 
 
 class Found(NamedTuple):
     """A lookup, and what its rows are made of."""
 
     lookup: Lookup
+    reads: str = ""  # the value that holds its ids, with what is added to them
+    is_sum: bool = False  # see Ids
+    origin: Origin | None = None  # None: there is an obstacle
     table: Table | None = None  # None: there is an obstacle
     cast_back: int = 0  # the type of its output, if that is of small integers, which are fed as floats; else 0
 
@@ -61,7 +52,11 @@ class Finder:
         for node in self._model.graph.node:
             found += self._lookup_of(node)
             found += self._lookups_inside(node)
-        return _one_kind_of_rows_each(found)
+        return _one_kind_of_rows_each(_one_sum_each(found))
+
+    def check_inputs(self, names: Sequence[str]) -> None:
+        """Raise BadData for an input in which samples do not come first; one without them is everybody's."""
+        self._ids.check_inputs(names)
 
     @cached_property
     def stored(self) -> dict[str, TensorProto]:
@@ -71,29 +66,6 @@ class Finder:
             if node.op_type == "Constant" and node.attribute and node.attribute[0].HasField("t"):
                 found[node.output[0]] = node.attribute[0].t
         return found
-
-    def origins(self, ids: str, rows: int) -> tuple[list[str], str]:
-        """The program's inputs that the ids of a table are arranged from, or why they are no ids of a request."""
-        found: list[str] = []
-        todo, seen = [ids], set[str]()
-        while todo:
-            name = todo.pop()
-            if name in seen:
-                continue
-            seen.add(name)
-            if name in self._constants:
-                return [], f"its ids are constants, {name}"
-            if name in self._inputs:
-                found.append(name)
-                continue
-            node = self._writers[name]
-            if node.op_type in _REARRANGE and (node.op_type != "Gather" or node.input[1] in self._constants):
-                todo += reversed(node.input if node.op_type == "Concat" else node.input[:1])
-            elif (base := self._unchanged(name, rows)) is not None:
-                todo.append(base)
-            else:
-                return [], f"its ids are computed by op {node.op_type} ({name})"
-        return found, ""
 
     def _lookup_of(self, node: NodeProto) -> list[Found]:
         """The lookup that an op does: one or none."""
@@ -110,15 +82,18 @@ class Finder:
             obstacle = f"its table has shape {shape}, not [rows, elements]"
         elif axis not in (0, -2):
             obstacle = f"it gathers along axis {axis}, not rows"
-        obstacle = obstacle or self.origins(ids, shape[0])[1] or self._unknown_ids(ids)
         if obstacle or table is None:
             return [_refused(node, source, shape, obstacle)]
+        origin = self._ids.origin(ids, shape[0])
+        if origin.obstacle:
+            return [_refused(node, source, shape, origin.obstacle)]
         op, first = node.op_type, out
         while table.kind not in onnx_rows.FLOATS and (further := self._step_after(out, table, shape)):
             table, out = further
             op = f"{op}+{self._writers[out].op_type}"
         if table.kind in onnx_rows.FLOATS:
-            return [Found(Lookup(out, op, source, shape[0], shape[1], ids, out), table)]
+            lookup = Lookup(out, op, source, shape[0], shape[1], origin.base, out)
+            return [Found(lookup, ids, False, origin, table)]
         fed = table.then(Step("Cast", to=TensorProto.FLOAT), self.stored)
         if fed is None or out != first or table.kind not in _SMALL_INTEGERS:
             return [
@@ -127,7 +102,8 @@ class Finder:
         feed = f"{out}_float"
         while feed in self._inputs or feed in self._constants or feed in self._writers:
             feed += "_rows"
-        return [Found(Lookup(out, op, source, shape[0], shape[1], ids, feed), fed, table.kind)]
+        lookup = Lookup(out, op, source, shape[0], shape[1], origin.base, feed)
+        return [Found(lookup, ids, False, origin, fed, table.kind)]
 
     def _lookups_inside(self, node: NodeProto) -> Iterator[Found]:
         """The lookups that ops in the bodies of an op do."""
@@ -149,6 +125,11 @@ class Finder:
             if node.op_type == "Constant" or (reads(node) and found.issuperset(reads(node))):
                 found.update(writes(node))
         return found
+
+    @cached_property
+    def _ids(self) -> IdsFinder:
+        sizes = {name: prod(self._shape(name)) for name in self._constants}
+        return IdsFinder(self._model, self._values, sizes, self._writers)
 
     @cached_property
     def _writers(self) -> dict[str, NodeProto]:
@@ -213,55 +194,17 @@ class Finder:
         sizes = [dim for dim in dims if isinstance(dim, int)]
         return sizes if len(sizes) == len(dims) else [0]
 
-    def _unchanged(self, name: str, rows: int) -> str | None:
-        """The value that arithmetic, number by number, makes `name` of, if it leaves 0 to rows - 1 as they are."""
-        given: dict[str, None] = {}
-        todo, seen = [name], set[str]()
-        while todo:
-            value = todo.pop()
-            if value in seen:
-                continue
-            seen.add(value)
-            node = self._writers.get(value)
-            if value in self._constants:
-                if prod(self._shape(value)) != 1:
-                    return None
-            elif node is not None and node.op_type in _ELEMENTWISE:
-                todo += reads(node)
-            else:
-                given[value] = None
-        if len(given) != 1 or name in given:
-            return None
-        (base,) = given
-        return base if self._leaves_ids(name, base, rows) else None
 
-    def _leaves_ids(self, name: str, base: str, rows: int) -> bool:
-        """Whether `name` is what `base` is for every id of a table, asked of onnx's own interpreter in numpy."""
-        from onnx.reference import ReferenceEvaluator
-
-        if base not in self._values or name not in self._values:
-            return False
-        kind = self._values[base].type.tensor_type.elem_type
-        dtype = onnx_file.DTYPES[kind][0] if kind in onnx_file.DTYPES else np.dtype("O")
-        part = onnx_graph.walked_back(self._model, [self._values[name]], {base: self._values[base]})
-        if dtype.kind not in "if" or [value.name for value in part.graph.input] != [base]:
-            return False
-        try:
-            run = ReferenceEvaluator(part)
-            for start in range(0, rows, _IDS_AT_ONCE):
-                ids = np.arange(start, min(start + _IDS_AT_ONCE, rows))
-                (made,) = run.run([name], {base: ids.astype(dtype)})
-                if not np.array_equal(np.asarray(made), ids):
-                    return False
-        except Exception:  # it raises whatever numpy and its parts raise; then nobody knows
-            return False
-        return True
-
-    def _unknown_ids(self, ids: str) -> str:
-        """Why nobody can say what a request would have to hold as ids; empty if it is known."""
-        if ids in self._values and self._values[ids].type.tensor_type.HasField("shape"):
-            return ""
-        return f"how many dimensions its ids have is not known ({ids})"
+def _one_sum_each(found: Sequence[Found]) -> list[Found]:
+    """A request names ids as the program does, so it names those to which something else is added as what comes out."""
+    first: dict[str, tuple[int, ...]] = {}
+    result = []
+    for each in found:
+        origin = each.origin
+        if origin is not None and first.setdefault(origin.base, origin.added) != origin.added:
+            each = each._replace(lookup=each.lookup._replace(ids=each.reads), is_sum=True)
+        result.append(each)
+    return result
 
 
 def _one_kind_of_rows_each(found: Sequence[Found]) -> list[Found]:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal
 
 import onnx
 from numpy.typing import NDArray
@@ -16,17 +16,9 @@ from trainer_tools.manifest import Tensor
 from trainer_tools.programs import onnx_file, onnx_graph, onnx_rows
 from trainer_tools.programs.onnx_graph import DATATYPES, dims_of, reads, type_name, writes
 from trainer_tools.programs.onnx_lookups import Finder, Found
-from trainer_tools.programs.program import Lookup
+from trainer_tools.programs.program import Ids, Lookup
 
 SUFFIX = ".onnx"
-
-
-class Ids(NamedTuple):
-    """What a lookup reads."""
-
-    name: str  # of the value
-    dims: list[int | str]  # a size, or the name of one that varies; "" if it has none
-    inputs: list[str]  # of the program, from which they are arranged; mostly just themselves
 
 
 @dataclass(frozen=True)
@@ -35,7 +27,7 @@ class OnnxProgram:
 
     model: ModelProto
     path: Path  # of the file it was read from
-    format: str = "onnx"
+    format: Literal["onnx"] = "onnx"
 
     def inputs(self) -> list[Tensor]:
         """See TrainedProgram."""
@@ -63,17 +55,33 @@ class OnnxProgram:
 
     def ids(self, lookup: Lookup) -> Ids:
         """What a lookup without obstacle reads."""
-        named = {dim for value in self.model.graph.input for dim in dims_of(value)}  # others are the inference's
-        dims = [dim if isinstance(dim, int) or dim in named else "" for dim in dims_of(self._values[lookup.ids])]
-        return Ids(lookup.ids, dims, self._finder.origins(lookup.ids, lookup.rows or 0)[0])
+        found = next(found for found in self._found if found.lookup.name == lookup.name)
+        assert found.origin is not None, "a lookup with an obstacle"
+        return Ids(found.reads, found.origin.inputs, added=found.origin.added, is_sum=found.is_sum)
+
+    def check_inputs(self, names: Sequence[str]) -> None:
+        """Raise BadData for inputs of which a predictor could not tell samples apart."""
+        self._finder.check_inputs(names)
 
     def dims(self, name: str) -> list[int | str]:
         """The dims of an input as the program names them: programs give equal sizes equal names."""
         return dims_of(self._values[name])
 
+    def lod_level(self, name: str) -> int:
+        """Levels of raggedness of an input or output: 0, none."""
+        return 0
+
+    def alike(self) -> list[list[str]]:
+        """Groups of ragged inputs that go together: none."""
+        return []
+
     def holds(self, table: str) -> bool:
         """Whether the program stores a table."""
         return table in self._finder.stored
+
+    def stored_bytes(self) -> int:
+        """Of the program's file, and of its tensors that lie in others."""
+        return onnx_file.stored_bytes(self.model, self.path)
 
     def table(self, name: str) -> NDArray[Any]:
         """See TrainedProgram. One that is stored otherwise is computed into a temporary file."""
@@ -86,13 +94,16 @@ class OnnxProgram:
     def cut(self, lookups: Sequence[Lookup]) -> "OnnxProgram":
         """See TrainedProgram."""
         found = {each.lookup.name: each for each in self._found}
+        named = {dim for value in self.model.graph.input for dim in dims_of(value)}  # others are the inference's
         model, feeds = ModelProto(), {}
         model.CopyFrom(self.model)
         for lookup in lookups:
             table, cast_back = found[lookup.name].table, found[lookup.name].cast_back
             assert table is not None, "a lookup with an obstacle is not cut"
-            dims = [dim or None for dim in (*self.ids(lookup).dims, lookup.dim)]
-            feeds[lookup.feed] = helper.make_tensor_value_info(lookup.feed, table.kind, dims)
+            dims = [
+                dim if isinstance(dim, int) or dim in named else None for dim in self.dims(found[lookup.name].reads)
+            ]
+            feeds[lookup.feed] = helper.make_tensor_value_info(lookup.feed, table.kind, [*dims, lookup.dim])
             if cast_back:
                 at = next(at for at, node in enumerate(model.graph.node) if lookup.name in writes(node))
                 model.graph.node[at].CopyFrom(helper.make_node("Cast", [lookup.feed], [lookup.name], to=cast_back))

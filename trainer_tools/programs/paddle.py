@@ -7,18 +7,19 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal
 
+import numpy as np
 from numpy.typing import NDArray
 
 from cube.errors import BadData
 from trainer_tools.graph_picture import Graph, Operation
 from trainer_tools.manifest import Tensor
 from trainer_tools.pb.paddle_framework_pb2 import OpDesc, ProgramDesc, VarDesc, VarType
-from trainer_tools.programs import paddle_desc, paddle_parameters
+from trainer_tools.programs import paddle_desc, paddle_parameters, servable
 from trainer_tools.programs.paddle_desc import arguments, reads, variables, writes
 from trainer_tools.programs.paddle_parameters import Shape, Stored, type_name
-from trainer_tools.programs.program import Lookup
+from trainer_tools.programs.program import Ids, Lookup
 
 MODEL_FILES = ("__model__", "model")  # names where it is not NAME.pdmodel
 _COMBINED = ("__params__", "params", "__model__.pdiparams")  # names of combined parameters beside a __model__
@@ -26,6 +27,7 @@ _DATATYPES: dict[int, str] = {
     VarType.BOOL: "BOOL", VarType.UINT8: "UINT8", VarType.INT8: "INT8", VarType.INT16: "INT16", VarType.INT32: "INT32",
     VarType.INT64: "INT64", VarType.FP16: "FP16", VarType.BF16: "BF16", VarType.FP32: "FP32", VarType.FP64: "FP64",
 }  # fmt: skip
+_SAMPLES = "samples"  # Paddle names no dimensions
 _LOOKUPS = ("lookup_table", "lookup_table_v2", "distributed_lookup_table")
 _OTHER_LOOKUPS = {
     "c_embedding": "its table is a part of one that is split over trainers",
@@ -37,21 +39,15 @@ _OTHER_LOOKUPS = {
     "pull_sparse": "it names no table",
     "pull_sparse_v2": "it names no table",
 }
+# Ops that compute with memory of nobody's where a sequence is empty, which spoils the others' answers too.
+_NO_EMPTY = {
+    "attention_lstm", "fused_embedding_fc_lstm", "fusion_gru", "fusion_lstm", "gru", "lstm", "lstmp", "multi_gru",
+}  # fmt: skip
 # Ops that only move ids about: what comes out is ids that a request can hold as they are.
 _REARRANGE = {
     "assign", "cast", "concat", "flatten", "flatten2", "flatten_contiguous_range", "reshape", "reshape2", "slice",
     "split", "squeeze", "squeeze2", "stack", "strided_slice", "transpose", "transpose2", "unsqueeze", "unsqueeze2",
 }  # fmt: skip
-
-
-class Ids(NamedTuple):
-    """What a lookup reads."""
-
-    name: str  # of the variable
-    shape: list[int]
-    lod_level: int  # above 0: sequences of different lengths, one after another
-    inputs: list[str]  # of the program, from which they are arranged; mostly just themselves
-    padding: int | None  # the id that reads zeros whatever the table holds
 
 
 @dataclass(frozen=True)
@@ -62,7 +58,7 @@ class PaddleProgram:
     path: Path  # of the file it was read from
     combined: str | None  # name of the parameters' file; None: a file each
     parameters: Mapping[str, Stored]
-    format: str = "paddle"
+    format: Literal["paddle"] = "paddle"
 
     def inputs(self) -> list[Tensor]:
         """See TrainedProgram. The first dimension of a ragged input counts ids, not samples."""
@@ -97,14 +93,37 @@ class PaddleProgram:
 
     def ids(self, lookup: Lookup) -> Ids:
         """What a lookup without obstacle reads."""
-        tensor = self._known[lookup.ids].type.dense_tensor
         inputs, _ = self._origins(lookup.ids)
         padding = next((a.l for a in self._op(lookup).attrs if a.name == "padding_idx"), -1)
-        return Ids(lookup.ids, list(tensor.tensor.dims), tensor.lod_level, inputs, padding if padding >= 0 else None)
+        return Ids(lookup.ids, inputs, padding if padding >= 0 else None, has_lengths=True)
 
     def lod_level(self, name: str) -> int:
         """Levels of raggedness of a variable; 0: none."""
         return self._known[name].type.dense_tensor.lod_level
+
+    def alike(self) -> list[list[str]]:
+        """Groups of ragged inputs of which a sample has to have as much in each as in any other."""
+        return paddle_desc.alike(self.desc)
+
+    def takes_empty(self) -> bool:
+        """Whether a sequence may be empty; see _NO_EMPTY."""
+        return all(op.type not in _NO_EMPTY for block in self.desc.blocks for op in block.ops)
+
+    def check_inputs(self, names: Sequence[str]) -> None:
+        """Raise BadData for inputs of which a predictor could not tell samples apart."""
+        for name in names:
+            servable.check_input(name, self._shape(name), _SAMPLES)
+            if self.lod_level(name) > 1:
+                place, found = f"{self.path} variable {name!r}", "sequences of sequences (LoD level 2 or more)"
+                raise BadData(place, found, "sequences (LoD level 1) at most, which is what is served")
+
+    def holds(self, table: str) -> bool:
+        """Whether the program stores a table."""
+        return table in self.parameters
+
+    def stored_bytes(self) -> int:
+        """Of the program's file and its parameters."""
+        return self.path.stat().st_size + sum(stored.end - stored.start for stored in self.parameters.values())
 
     def table(self, name: str) -> NDArray[Any]:
         """See TrainedProgram."""
@@ -217,7 +236,24 @@ class PaddleProgram:
             return f"its table has shape {list(shape.dims)}, not [rows, elements]"
         if shape.dtype not in (VarType.FP32, VarType.FP16):
             return f"its rows are {type_name(shape.dtype)}; a cube's are float32"
-        return self._origins(ids)[1]
+        return self._origins(ids)[1] or self._not_by_samples(ids)
+
+    def _not_by_samples(self, ids: str) -> str:
+        """Why a predictor cannot tell the ids of samples apart, or outputs."""
+        for name in [*paddle_desc.fetched(self.desc), ids]:
+            if self.lod_level(name) > 1:
+                return f"{name} holds sequences of sequences (LoD level 2 or more)"
+        for name in paddle_desc.fetched(self.desc):
+            if wrong := servable.output_obstacle(name, self._shape(name), _SAMPLES):
+                return wrong
+        return servable.obstacle(
+            "its ids", self._shape(ids), _SAMPLES, "save it with -1 (None) for the first dimension"
+        )
+
+    def _shape(self, name: str) -> servable.Shape:
+        """Of a variable, whose first dimension counts samples if it varies."""
+        dims = self._known[name].type.dense_tensor.tensor.dims
+        return [dim if dim >= 0 else "?" if at else _SAMPLES for at, dim in enumerate(dims)]
 
     def _origins(self, ids: str) -> tuple[list[str], str]:
         """The program's inputs that ids are arranged from, or why they are no ids of a request."""
@@ -254,9 +290,9 @@ class PaddleProgram:
 
 
 def load(directory: Path) -> PaddleProgram:
-    """The program in a directory as it stands, with its parameters, of which some may be missing if each has a file.
+    """The program in a directory, or in the file that is named, as it stands, with its parameters.
 
-    Raises BadData for whatever is not as the format says.
+    Some of these may be missing if each has a file. Raises BadData for whatever is not as the format says.
     """
     path = find_program(directory)
     desc = paddle_desc.parse(path.read_bytes(), str(path))
@@ -270,12 +306,25 @@ def load(directory: Path) -> PaddleProgram:
         every = {name: shape for name, shape in declared.items() if shape.dims or name not in remote}
         stored = paddle_parameters.find_combined(combined, every)
     else:
-        stored = paddle_parameters.find_separate(directory, declared)
+        stored = paddle_parameters.find_separate(path.parent, declared)
     return PaddleProgram(desc, path, combined.name if combined else None, stored)
 
 
+def padded(values: NDArray[Any], offsets: NDArray[np.int64]) -> NDArray[Any]:
+    """As many values as there are sequences, at least one, with rows of zeros at the end that no sequence owns.
+
+    Paddle refuses to pool fewer, and divides by their number. An empty sequence is an empty sequence all the same.
+    """
+    missing = max(offsets.size - 1, 1) - len(values)
+    if missing <= 0:
+        return values
+    return np.concatenate([values, np.zeros((missing, *values.shape[1:]), values.dtype)])
+
+
 def find_program(directory: Path) -> Path:
-    """The one program file in a directory; raises BadData."""
+    """The one program file in a directory, or the file that is named; raises BadData."""
+    if directory.is_file():
+        return directory
     found = [directory / name for name in MODEL_FILES if (directory / name).is_file()]
     found += sorted(directory.glob("*.pdmodel"))
     if len(found) != 1:

@@ -18,6 +18,12 @@ RECIPE = (
 )
 _EMPTY = "@EMPTY@"  # stands for an argument that is left out
 _SOURCES = {"feed", "read"}  # what they write is given to the program from outside
+# Ops that make sequences of other lengths than they read, or may read several of different lengths.
+_OTHER_LENGTHS = {
+    "array_to_lod_tensor", "beam_search", "beam_search_decode", "edit_distance", "im2sequence", "lod_reset",
+    "lod_tensor_to_array", "sequence_concat", "sequence_erase", "sequence_expand", "sequence_expand_as",
+    "sequence_pad", "sequence_reshape", "sequence_scatter", "sequence_slice", "sequence_unpad",
+}  # fmt: skip
 _SCORED = {"auc": "Predict", "cross_entropy": "X", "cross_entropy2": "X", "softmax_with_cross_entropy": "Logits"}
 
 
@@ -126,6 +132,34 @@ def check(desc: ProgramDesc, place: str) -> None:
     for name in [*fed(desc), *fetched(desc)]:
         if not known[name].type.HasField("dense_tensor"):
             raise BadData(f"{place} variable {name!r}", "no element type", "a tensor: it is an input or output")
+
+
+def alike(desc: ProgramDesc) -> list[list[str]]:
+    """Groups of ragged inputs of which a sample has to have as much in each as in any other: their values are joined.
+
+    Paddle itself takes the lengths of the first, and so mixes samples where only the sums of the others are the same.
+    """
+    known = variables(desc)
+    levels = {name: var.type.dense_tensor.lod_level for name, var in known.items()}
+    source = {name: name for name in fed(desc) if levels[name]}  # of each value, an input with samples as long
+
+    def root(name: str) -> str:
+        while source[name] != name:
+            name = source[name]
+        return name
+
+    for op in desc.blocks[0].ops:
+        joined = [root(name) for name in reads(op) if name in source]
+        if not joined or op.type in _OTHER_LENGTHS or op.type == "fetch":
+            continue
+        for name in joined[1:]:
+            source[root(name)] = root(joined[0])
+        source.update({name: joined[0] for name in writes(op) if levels.get(name) and name not in source})
+    groups: dict[str, list[str]] = {}
+    for name in fed(desc):
+        if name in source:
+            groups.setdefault(root(name), []).append(name)
+    return [group for group in groups.values() if len(group) > 1]
 
 
 def _columns(desc: ProgramDesc, kind: str) -> list[OpDesc]:

@@ -30,6 +30,17 @@ class Lookup(NamedTuple):
     obstacle: str = ""  # why it cannot be cut; empty if it can
 
 
+class Ids(NamedTuple):
+    """What a lookup reads."""
+
+    reads: str  # the program's value that holds them, with what it adds to them
+    inputs: list[str]  # of the program, from which they are arranged; mostly they are one as it is
+    padding: int | None = None  # the id that reads zeros whatever the table holds
+    has_lengths: bool = False  # a request holds them one after another, and how many each sample has
+    added: tuple[int, ...] = ()  # what the program adds to ids before it looks them up; see manifest.Lookup
+    is_sum: bool = False  # a request holds them with that, for their name without it means those of another lookup
+
+
 class Rules(NamedTuple):
     """What the user asked for. Names are those of lookups or of tables."""
 
@@ -97,9 +108,18 @@ def chosen(candidates: Sequence[Candidate], place: str) -> list[Lookup]:
     """The lookups that go; raises BadData if that is none."""
     found = [candidate.lookup for candidate in candidates if candidate.is_cut]
     if not found:
-        why = "; ".join(f"{c.lookup.name} stays: {c.reason}" for c in candidates)
+        stay: dict[str, list[str]] = {}
+        for candidate in candidates:
+            stay.setdefault(candidate.reason, []).append(candidate.lookup.name)
+        why = "; ".join(f"{_listed(names)}: {reason}" for reason, names in stay.items())
         raise BadData(place, f"no lookup to cut{': ' if why else ''}{why}", "one; a dense program is served as it is")
     return found
+
+
+def _listed(names: Sequence[str]) -> str:
+    if len(names) == 1:
+        return f"{names[0]} stays"
+    return f"{', '.join(names[:3])} stay" if len(names) < 4 else f"{names[0]} and {len(names) - 1} others stay"
 
 
 def _decided(lookup: Lookup, rules: Rules) -> Candidate:

@@ -13,7 +13,7 @@ import sys
 import warnings
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
@@ -27,7 +27,7 @@ from torch.export import Dim, ExportedProgram
 from cube.errors import BadData
 from trainer_tools.graph_picture import Graph, Operation
 from trainer_tools.manifest import Tensor
-from trainer_tools.programs import torch_lookups
+from trainer_tools.programs import servable, torch_lookups
 from trainer_tools.programs.program import Lookup
 from trainer_tools.programs.torch_lookups import TorchLookup, op_of
 
@@ -72,7 +72,20 @@ class TorchProgram:
     @cached_property
     def found(self) -> list[TorchLookup]:
         """The same lookups as below, with what torch says of them."""
-        return torch_lookups.find(self.program, self._module)
+        inputs = [node for node in self._module.graph.nodes if node.op == "placeholder"]
+        examples, _ = _examples(inputs, self.program)
+        zeros = {node.name: example for node, example in zip(inputs, examples, strict=True)}
+        return [self._by_samples(found) for found in torch_lookups.find(self.program, self._module, zeros)]
+
+    @cached_property
+    def samples(self) -> str | None:
+        """The size that counts samples, as `shape` names it; None: their number is fixed."""
+        outputs = [_shape(node.meta["val"]) for node in self._outputs]
+        return servable.counted_by([self.shape(tensor.name) for tensor in self.inputs()], outputs)
+
+    def shape(self, name: str) -> servable.Shape:
+        """Of a node's tensor, with what torch calls the sizes that vary."""
+        return _shape(self.nodes[name].meta["val"])
 
     @cached_property
     def nodes(self) -> dict[str, fx.Node]:
@@ -105,6 +118,14 @@ class TorchProgram:
         outputs = {found.name: found.output for found in self.found}
         return TorchProgram(cut(self.program, {outputs[lookup.name]: lookup.feed for lookup in lookups}))
 
+    def serving(self, fetch: Sequence[str]) -> "TorchProgram":
+        """Only what some of the outputs depend on, traced anew. Raises BadData for an output that is not there."""
+        names = [tensor.name for tensor in self.outputs()]
+        for name in fetch:
+            if name not in names:
+                raise BadData("--fetch", repr(name), f"an output of the program: {', '.join(names)}")
+        return TorchProgram(cut(self.program, {}, fetch))
+
     def write(self, directory: Path) -> str:
         """See TrainedProgram."""
         save(self.program, directory / PROGRAM_FILE)
@@ -113,6 +134,27 @@ class TorchProgram:
     @cached_property
     def _module(self) -> Any:
         return graph_module(self.program)
+
+    @property
+    def _outputs(self) -> list[fx.Node]:
+        values: Any = self.nodes["output"].args[0]
+        return list(values)
+
+    def _by_samples(self, found: TorchLookup) -> TorchLookup:
+        """With how many bags a sample has, or with an obstacle, where a predictor cannot tell samples apart."""
+        if found.obstacle:
+            return found
+        for tensor, node in zip(self.outputs(), self._outputs, strict=True):
+            if wrong := servable.output_obstacle(tensor.name, _shape(node.meta["val"]), self.samples):
+                return found._replace(obstacle=wrong)
+        recipe = f"export with dynamic_shapes={{{found.inputs[0]!r}: {{0: torch.export.Dim('samples')}}, ...}}"
+        if found.pooling == "none":
+            return found._replace(obstacle=servable.obstacle("its ids", self.shape(found.ids), self.samples, recipe))
+        made = self.nodes[found.output].meta["val"]
+        bags = made if isinstance(made, torch.Tensor) else made[0]  # of several results
+        slots = torch_lookups.times(bags.shape[0], self.samples) if self.samples else None
+        wrong = "" if slots else servable.obstacle("its bags", _shape(bags)[:1], self.samples, recipe)
+        return found._replace(slots=slots, obstacle=wrong)
 
     def _lookup(self, found: TorchLookup) -> Lookup:
         feed = found.name if found.pooling == "none" else f"{found.name}_pooled"
@@ -194,16 +236,20 @@ def graph_module(program: ExportedProgram) -> Any:
     """The program as a graph of its own, in which parameters are get_attr nodes; plain arguments, no checks."""
     module: Any = program.module(check_guards=False)
     module.graph.set_codegen(fx.graph.CodeGen())
+    inputs = [node for node in module.graph.nodes if node.op == "placeholder"]
+    for node, name in zip(inputs, program.graph_signature.user_inputs, strict=True):
+        if isinstance(name, str):
+            node.name = node.target = name  # which torch changes where Python has a function of that name: `input`
     module._forward_pre_hooks.clear()  # the exporter's own check of every input's size
     return module
 
 
-def cut(program: ExportedProgram, feeds: Mapping[str, str]) -> ExportedProgram:
+def cut(program: ExportedProgram, feeds: Mapping[str, str], fetch: Collection[str] = ()) -> ExportedProgram:
     """The program without some lookups and their tables.
 
-    feeds: name of the node of each lookup's rows → name of the input that takes its place. Inputs nobody reads any
-    more go, the others keep their order, the new ones come last. The result is traced anew by torch.export, so torch
-    itself has checked it. Raises BadData where torch does not trace it.
+    feeds: name of the node of each lookup's rows → name of the input that takes its place. fetch: names of the outputs
+    that stay; all if empty. Inputs nobody reads any more go, the others keep their order, the new ones come last. The
+    result is traced anew by torch.export, so torch itself has checked it. Raises BadData where torch does not trace it.
     """
     outputs = [tensor.name for tensor in outputs_of(program)]
     module = graph_module(program)
@@ -223,7 +269,8 @@ def cut(program: ExportedProgram, feeds: Mapping[str, str]) -> ExportedProgram:
     for node in [n for n in graph.nodes if op_of(n) == "_assert_tensor_metadata"]:
         graph.erase_node(node)  # it would keep what it looks at; tracing makes those that are needed anew
     output = next(node for node in graph.nodes if node.op == "output")
-    output.args = (dict(zip(outputs, output.args[0], strict=True)),)
+    values: Any = output.args[0]
+    output.args = ({name: v for name, v in zip(outputs, values, strict=True) if not fetch or name in fetch},)
     graph.eliminate_dead_code()
     for node in [n for n in graph.nodes if n.op == "placeholder" and not n.users]:
         graph.erase_node(node)
@@ -236,7 +283,8 @@ def cut(program: ExportedProgram, feeds: Mapping[str, str]) -> ExportedProgram:
         return torch.export.export(whole, examples, dynamic_shapes=dims)
     except Exception as error:  # torch raises whatever its parts raise
         found = f"what torch does not trace ({next(iter(str(error).splitlines()), '')[:200]})"
-        raise BadData(f"the program without {', '.join(feeds)}", found, "other lookups: --keep, --only") from error
+        what = f"without {', '.join(feeds)}" if feeds else f"of {', '.join(fetch)}"
+        raise BadData(f"the program {what}", found, "other lookups: --keep, --only; other outputs: --fetch") from error
 
 
 def _measure(graph: fx.Graph, feed: fx.Node) -> None:
@@ -299,6 +347,17 @@ def parameter(program: ExportedProgram, name: str) -> torch.Tensor:
     tensors: dict[str, Any] = {**program.constants, **program.state_dict}
     tensor: torch.Tensor = tensors[name]
     return tensor
+
+
+def _shape(value: torch.Tensor) -> servable.Shape:
+    return tuple(size if isinstance(size, int) else _size_text(size) for size in value.shape)
+
+
+def _size_text(size: torch.SymInt) -> str:
+    """The name of a size, or how it is computed of others."""
+    expression = size.node.expr
+    names = sorted(map(str, expression.free_symbols))
+    return next((name for name in names if torch_lookups.times(size, name) == 1), str(expression))
 
 
 def _described(name: str, value: Any, place: str) -> Tensor:

@@ -7,12 +7,14 @@ and what torch's decompositions make of them. A graph here is that of `ExportedP
 are get_attr nodes; names are those of its nodes, the same each time it is made.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import fx
 from torch.export import ExportedProgram
+
+from trainer_tools.programs.torch_added import Constants
 
 Pooling = Literal["none", "sum", "mean", "max"]
 
@@ -51,6 +53,8 @@ class TorchLookup(NamedTuple):
     is_even: bool = False  # whether offsets follow from the shape of ids alone: all bags are as long
     weights: str | None = None  # of a bag: a number for each id
     padding: int | None = None  # of a bag: the id that is as if it were not there
+    slots: int | None = None  # of a bag: how many bags each sample has; None: that is not told
+    added: tuple[int, ...] = ()  # constants that are added to ids: one for all, or for each id of a sample or a bag
     obstacle: str = ""  # why it cannot be cut; empty if it can
 
 
@@ -60,10 +64,13 @@ def op_of(node: fx.Node) -> str:
     return str(packet).rpartition(".")[2] if packet is not None else getattr(node.target, "__name__", str(node.target))
 
 
-def find(program: ExportedProgram, module: fx.GraphModule) -> list[TorchLookup]:
-    """Every lookup that the outputs depend on, in the program's order. module: of this program."""
+def find(program: ExportedProgram, module: fx.GraphModule, zeros: Mapping[str, torch.Tensor]) -> list[TorchLookup]:
+    """Every lookup that the outputs depend on, in the program's order.
+
+    module: of this program. zeros: for each input, of sizes that the program takes.
+    """
     tables = {**program.state_dict, **program.constants}
-    finder = _Finder(module.graph, {name: t for name, t in tables.items() if isinstance(t, torch.Tensor)})
+    finder = _Finder(module.graph, {name: t for name, t in tables.items() if isinstance(t, torch.Tensor)}, zeros)
     found = [finder.lookup(node) for node in module.graph.nodes if finder.is_lookup(node)]
     for name, part in module.named_modules():
         if isinstance(part, fx.GraphModule) and part is not module:
@@ -71,14 +78,41 @@ def find(program: ExportedProgram, module: fx.GraphModule) -> list[TorchLookup]:
     return found
 
 
+def times(size: int | torch.SymInt, unit: int | torch.SymInt | str) -> int | None:
+    """How many times a size is another, or the one of that name; None if that varies or is no whole number.
+
+    Found by trying some sizes: there are roundings in what torch says of them that it could leave out.
+    """
+    symbols = {
+        str(s) for given in (size, unit) if isinstance(given, torch.SymInt) for s in given.node.expr.free_symbols
+    }
+    names = sorted(symbols | ({unit} if isinstance(unit, str) else set()))
+    found: set[int | None] = set()
+    for least in (7, 11, 30):
+        sizes = {name: least + 6 * at for at, name in enumerate(names)}
+        whole, part = _tried(size, sizes), sizes[unit] if isinstance(unit, str) else _tried(unit, sizes)
+        found.add(whole // part if part and whole % part == 0 else None)
+    return found.pop() if len(found) == 1 else None
+
+
+def _tried(size: int | torch.SymInt, sizes: Mapping[str, int]) -> int:
+    if isinstance(size, int):
+        return size
+    expression = size.node.expr
+    return int(expression.subs({symbol: sizes[str(symbol)] for symbol in expression.free_symbols}))
+
+
 class _Finder:
     """What is known of one graph."""
 
-    def __init__(self, graph: fx.Graph, tables: Mapping[str, torch.Tensor]):
-        self._tables = tables
+    def __init__(self, graph: fx.Graph, tables: Mapping[str, torch.Tensor], zeros: Mapping[str, torch.Tensor]):
+        self._tables, self._zeros = tables, zeros
         self._live = _live(graph)
-        self._same = _same_values(graph)
         self._changed = dict(self._changes(graph))
+        self._constants = Constants(graph, self._changed, tables)
+        self._same = _same_values(graph)
+        self._before_sums = _same_values(graph, self._constants.base)
+        self._named: dict[tuple[fx.Node, tuple[int, ...]], str] = {}
 
     def is_lookup(self, node: fx.Node) -> bool:
         """Whether a node is one that the outputs depend on."""
@@ -91,18 +125,28 @@ class _Finder:
         given, op = _arguments(node), op_of(node)
         table = self._table(given.get("weight", given.get("self")))
         ids: fx.Node = given["indices"][0] if op == "index" else given["index" if op == "index_select" else "indices"]
-        inputs, obstacle = _origins(ids, "ids")
-        obstacle = self._obstacle(table) or obstacle
+        inputs, obstacle = _origins(ids, "ids", self._constants)
         name = table.target if table is not None else ""
         if op not in _BAGS:
-            called = _given(self._same[ids], _IN_ORDER)
+            added, uneven = ((), "") if obstacle else self._added(ids, ids.meta["val"].shape[:1])
             return TorchLookup(
-                node.name, op, str(name), "none", node.name, self._name(ids), called, inputs, obstacle=obstacle
+                node.name,
+                op,
+                str(name),
+                "none",
+                node.name,
+                self._name(ids) if uneven else self._ids_name(ids, added),
+                self._called(ids, _IN_ORDER),
+                inputs,
+                added=added,
+                obstacle=self._obstacle(table) or obstacle or uneven,
             )
         pooling = _POOLINGS[given.get("mode", 0)]
         offsets, weights = given["offsets"], given.get("per_sample_weights")
         padding = given.get("padding_idx")
         pooled = next((user for user in node.users if _item(user) == 0), node)
+        is_even = op_of(_first(offsets)) == "arange"
+        added, uneven = ((), "") if obstacle else self._added(ids, node.meta["val"][0].shape[:1] if is_even else ())
         if padding is not None and padding < 0 and op == "embedding_bag" and table is not None:
             padding += len(self._tables[str(name)])  # torch counts from the end; its inner ops mean none
         return TorchLookup(
@@ -111,16 +155,61 @@ class _Finder:
             str(name),
             pooling,
             pooled.name,
-            self._name(ids),
-            _given(self._same[ids], _IN_ORDER | _FLAT),
+            self._name(ids) if uneven else self._ids_name(ids, added),
+            self._called(ids, _IN_ORDER | _FLAT),
             inputs,
             self._name(offsets),
             bool(given.get("include_last_offset", False)),
-            op_of(_first(offsets)) == "arange",
+            is_even,
             None if weights is None else self._name(weights),
             padding if padding is not None and padding >= 0 else None,
-            obstacle or self._bag_obstacle(node, str(name), pooling, offsets, weights),
+            None,
+            added,
+            self._obstacle(table)
+            or obstacle
+            or uneven
+            or self._bag_obstacle(node, str(name), pooling, offsets, weights),
         )
+
+    def _added(self, ids: fx.Node, groups: Sequence[Any]) -> tuple[tuple[int, ...], str]:
+        """What the program adds to ids, and what stands against saying it.
+
+        groups: how many samples or bags the ids are of, as the graph says it; empty if these have any number each.
+        """
+        if not self._has_sums(ids):
+            return (), ""
+        added = self._constants.added(ids, self._zeros)
+        if (added == added.flat[0]).all():
+            return (int(added.flat[0]),), ""
+        if groups and (width := times(ids.meta["val"].numel(), groups[0])):
+            of_each = added.reshape(-1, width)
+            if (of_each == of_each[0]).all():
+                return tuple(of_each[0].tolist()), ""
+        return (), "to its ids constants are added that are not the same in every sample"
+
+    def _has_sums(self, ids: fx.Node) -> bool:
+        """Whether constants are added to ids on their way."""
+        todo = [ids]
+        while todo:
+            at = todo.pop()
+            if self._constants.base(at) is not None:
+                return True
+            todo += [given for given in at.all_input_nodes if _is_tensor(given)]
+        return False
+
+    def _called(self, ids: fx.Node, ops: set[str]) -> str:
+        """The name of the input that ids are but for some ops and sums; if they are none, of what is added to."""
+        start = at = self._before_sums[ids]
+        while at.op == "call_function":
+            base = self._constants.base(at)
+            if base is None and op_of(at) not in ops:
+                return start.name
+            at = base if base is not None else at.all_input_nodes[0]
+        return at.name if at.op == "placeholder" else start.name
+
+    def _ids_name(self, ids: fx.Node, added: tuple[int, ...]) -> str:
+        """Of the first node that has this value: constants may be there several times."""
+        return self._named.setdefault((self._before_sums[ids], added), self._name(ids))
 
     def _name(self, node: fx.Node) -> str:
         """Of the first node that has this value."""
@@ -148,7 +237,7 @@ class _Finder:
         """Tables that an op of the program writes to, and the op."""
         for node in graph.nodes:
             schema = getattr(node.target, "_schema", None)
-            if schema is not None and schema.is_mutable:
+            if schema is not None and schema.is_mutable and op_of(node) != "detach_":
                 for given in node.all_input_nodes[:1]:
                     if (table := self._table(given)) is not None:
                         yield table, op_of(node)
@@ -191,8 +280,11 @@ def _inner(graph: str, node: fx.Node) -> TorchLookup:
     return TorchLookup(name, op_of(node), "", "none", name, "", "", [], obstacle="it is inside a loop or a branch")
 
 
-def _origins(node: fx.Node, what: str) -> tuple[list[str], str]:
-    """The program's inputs that a value is arranged from, or why it is none of a request."""
+def _origins(node: fx.Node, what: str, constants: Constants | None = None) -> tuple[list[str], str]:
+    """The program's inputs that a value is arranged from, or why it is none of a request.
+
+    constants: may be added to it, if they are known.
+    """
     inputs: list[str] = []
     todo, seen = [node], set[fx.Node]()
     while todo:
@@ -203,6 +295,9 @@ def _origins(node: fx.Node, what: str) -> tuple[list[str], str]:
         if at.op == "placeholder":
             inputs.append(at.name)
             continue
+        if constants is not None and (base := constants.base(at)) is not None:
+            todo.append(base)
+            continue
         before = [given for given in at.all_input_nodes if _is_tensor(given)]
         if at.op == "get_attr" or not before:
             return [], f"its {what} are constants, {at.name}"
@@ -212,14 +307,6 @@ def _origins(node: fx.Node, what: str) -> tuple[list[str], str]:
             return [], f"its {what} are cast to {_dtype(at.meta['val'])} ({at.name})"
         todo += reversed(before)
     return inputs, ""
-
-
-def _given(node: fx.Node, ops: set[str]) -> str:
-    """The name of the input that a node is but for some ops; its own if it is none."""
-    at = node
-    while at.op == "call_function" and op_of(at) in ops:
-        at = at.all_input_nodes[0]
-    return at.name if at.op == "placeholder" else node.name
 
 
 def _first(node: fx.Node) -> fx.Node:
@@ -261,16 +348,21 @@ def _live(graph: fx.Graph) -> set[fx.Node]:
     return seen
 
 
-def _same_values(graph: fx.Graph) -> dict[fx.Node, fx.Node]:
+def _same_values(
+    graph: fx.Graph, base: Callable[[fx.Node], fx.Node | None] = lambda node: None
+) -> dict[fx.Node, fx.Node]:
     """For each node the first one that is the same move of the same values; mostly itself.
 
-    Programs that read a column of ids in several places take it out of its input each time.
+    Programs that read a column of ids in several places take it out of its input each time. base: of a node that is
+    some value and constants added to it, that value, which it counts as.
     """
     first: dict[str, fx.Node] = {}
     same: dict[fx.Node, fx.Node] = {}
     for node in graph.nodes:
         same[node] = node
-        if node.op == "call_function" and (op_of(node) in _MOVES or op_of(node).startswith("sym_")):
+        if (before := base(node)) is not None:
+            same[node] = same[before]
+        elif node.op == "call_function" and (op_of(node) in _MOVES or op_of(node).startswith("sym_")):
             args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda given: same[given])
             same[node] = first.setdefault(f"{node.target} {args} {kwargs}", node)
     return same

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cube.errors import BadConfig, BadRequest
-from predictor.engines.auto import LEAST_GAIN, Candidate, fastest
+from predictor.engines.auto import LEAST_GAIN, Candidate, Undecided, fastest
 from predictor.engines.open import open_engine
 
 
@@ -27,7 +27,7 @@ class Clock:
 class Timed:
     """An engine that takes its time, on a clock, and makes what it is told to."""
 
-    lod_levels = {}  # noqa: RUF012
+    lod_levels, platform = {}, "timed"
     inputs, outputs = dense_programs.INPUTS, dense_programs.OUTPUTS[:1]
 
     def __init__(self, clock, seconds, answer=lambda x: x[:, :1]):
@@ -90,7 +90,9 @@ def test_the_log_tells_what_each_took(caplog):
     clock = Clock()
     with caplog.at_level(logging.INFO):
         chosen(clock, Timed(clock, 0.002), Timed(clock, 0.001))
-    assert "engine engine 1 chosen: engine 0 2000 + 16000 µs; engine 1 1000 + 8000 µs" in caplog.text
+    assert (
+        "engine engine 1 chosen, by runs of 1, 8 rows: engine 0 2000 + 16000 µs; engine 1 1000 + 8000 µs" in caplog.text
+    )
 
 
 def test_one_that_cannot_be_had_here_is_left_out():
@@ -115,6 +117,38 @@ def test_requests_that_the_first_refuses_choose_nothing(caplog):
     assert "engine engine 0 is used untimed: ids: found 1" in caplog.text
 
 
+def undecided(clock, *engines):
+    return Undecided([Candidate(f"engine {n}", lambda e=e: e) for n, e in enumerate(engines)], clock)
+
+
+@pytest.mark.parametrize("runs", [0, 1, 40])
+def test_one_that_is_undecided_is_the_first_until_it_is_told_to_be_the_fastest(runs):
+    clock = Clock()
+    slow, wrong, fast = Timed(clock, 0.01), Timed(clock, 1e-6, lambda x: x[:, 1:2]), Timed(clock, 0.001)
+    engine = undecided(clock, slow, wrong, fast)
+    for number in range(runs):
+        began, (x, ids) = clock.now, dense_programs.feeds(3, number)
+        assert np.array_equal(engine.run([x, ids])[0], x[:, :1])
+        assert clock.now - began == pytest.approx(0.03)
+    engine.decide()
+    best = fast if runs else slow
+    assert [e.is_closed for e in (slow, wrong, fast)] == [e is not best for e in (slow, wrong, fast)]
+    for _ in range(2):
+        assert engine.platform == "timed"
+        assert np.array_equal(engine.run([x, ids] if runs else dense_programs.feeds(3))[0][:, 0].shape, (3,))
+        engine.decide()  # another service may have had requests for it, too
+    engine.close()
+    assert best.is_closed
+
+
+def test_one_that_takes_or_makes_something_else_is_dropped_with_a_warning(caplog):
+    clock = Clock()
+    other = Timed(clock, 0.001)
+    other.outputs = dense_programs.OUTPUTS
+    assert chosen(clock, Timed(clock, 0.01), other) == 0
+    assert "engine engine 1 is not used: its inputs or outputs are not those of engine 0" in caplog.text
+
+
 def test_auto_opens_the_one_engine_of_a_format_without_timing_it(tmp_path):
-    engine = open_engine(dense_programs.write_onnx(tmp_path / "net.onnx"), "onnx", warm_up=[["no feed at all"]])
+    engine = open_engine(dense_programs.write_onnx(tmp_path / "net.onnx"), "onnx", undecided=True)
     assert engine.platform == "onnxruntime_onnx"

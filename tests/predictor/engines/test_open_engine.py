@@ -8,7 +8,7 @@ import pytest
 import torch
 from dense_programs import INPUTS, OUTPUTS
 
-from cube.errors import BadConfig, BadData, Internal, Unavailable
+from cube.errors import BadConfig, BadData, Internal, OutOfMemory, Unavailable
 from predictor.engines.callable_engine import CallableEngine
 from predictor.engines.onnx_engine import OnnxEngine
 from predictor.engines.open import open_engine
@@ -31,7 +31,18 @@ def programs(tmp_path_factory):
         ("onnx", {"engine": "TORCH"}, "engine: found TORCH for .*net.onnx, expected ONNXRUNTIME or AUTO"),
         ("torch.export", {"engine": "torch"}, "engine: found 'torch', expected AUTO or TORCH or ONNXRUNTIME or PADDLE"),
         ("onnx", {"compile": "aot"}, "compile: found 'aot' for .*net.onnx, expected none, for a onnx program"),
-        ("torch.export", {"compile": "jit"}, "compile: found 'jit', expected none or aot"),
+        ("torch.export", {"compile": "inductor"}, "compile: found 'inductor', expected none or aot"),
+        (
+            "torch.export",
+            {"memory_limit_mb": 64},
+            "memory_limit_mb: found 64 for torch on the CPU, expected 0: torch has",
+        ),
+        (
+            "torch.export",
+            {"memory_limit_mb": 64, "compile": "aot", "engine": "TORCH"},
+            "memory_limit_mb: found 64 for a compiled program, expected 0",
+        ),
+        ("onnx", {"memory_limit_mb": -1}, "memory_limit_mb: found -1, expected 0 .none. or more"),
         ("torch.export", {"device": "gpu"}, "device: found 'gpu', expected cpu or cuda:N"),
         ("torch.export", {"device": "cuda"}, "device: found 'cuda', expected cpu or cuda:N"),
         ("torch.export", {"device": "cuda:99"}, "device: found cuda:99, expected one that torch sees: cpu"),
@@ -175,6 +186,32 @@ def test_a_broken_compiler_is_named(programs, monkeypatch):
         open_engine(programs["torch.export"], "torch.export", engine="TORCH", compile="aot")
 
 
+def write_wide(path):
+    """An ONNX program whose run needs 4 MB for each of its rows."""
+    from onnx import TensorProto, helper, numpy_helper, save
+
+    nodes = [
+        helper.make_node("Expand", ["x", "shape"], ["wide"]),
+        helper.make_node("ReduceSum", ["wide", "axes"], ["y"], keepdims=1),
+    ]
+    stored = [numpy_helper.from_array(np.array(a), name) for name, a in (("shape", [1, 1 << 20]), ("axes", [1]))]
+    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", 1]) for name in "xy"]
+    graph = helper.make_graph(nodes, "g", ends[:1], ends[1:], stored)
+    save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), path)
+    return path
+
+
+def test_onnx_runs_that_need_more_than_their_limit_are_refused_and_the_next_is_as_good_as_any(tmp_path):
+    program = write_wide(tmp_path / "wide.onnx")
+    narrow, wide, free = (open_engine(program, "onnx", memory_limit_mb=mb) for mb in (16, 256, 0))
+    few, many = np.ones((1, 1), np.float32), np.ones((20, 1), np.float32)
+    for _ in range(2):
+        with pytest.raises(OutOfMemory, match=r"program 'wide\.onnx': not enough memory for this request"):
+            narrow.run([many])
+        for engine, x in ((narrow, few), (wide, many), (free, many)):
+            assert np.array_equal(engine.run([x])[0], np.full((len(x), 1), 1 << 20))
+
+
 # ---- Python functions ----
 
 
@@ -220,12 +257,12 @@ def test_a_function_that_answers_otherwise_than_declared_is_a_fault(monkeypatch,
 @pytest.mark.parametrize(
     ("target", "message"),
     [
-        ("dense_programs", "callable: found 'dense_programs', expected module:function"),
+        ("dense_programs", "callable dense_programs: found 'dense_programs', expected module:function"),
         ("os.path:join:x", "expected module:function"),
         ("__import__('os'):system", "expected module:function"),
         ("nowhere.at.all:f", "callable nowhere.at.all:f: found ModuleNotFoundError"),
-        ("dense_programs:nobody", "found no function 'nobody', expected one in module dense_programs"),
-        ("dense_programs:ROWS", "found no function 'ROWS'"),
+        ("dense_programs:nobody", "found no nobody in module dense_programs, expected a function of this name"),
+        ("dense_programs:ROWS", "dense_programs:ROWS: found a int, expected a function"),
     ],
 )
 def test_what_is_no_function_is_refused(target, message):

@@ -150,9 +150,9 @@ def test_what_is_refused_before_it_runs_is_counted_too():
     async def main():
         for bad in ({}, {"x": np.zeros((1, 3), np.float32)}, {"x": np.full((1, 2), np.nan, np.float32)}):
             with pytest.raises(BadRequest):
-                service.infer(bad, (), Call("/p"))
+                service.infer(bad, (), Call("/p"), then=lambda answer: answer)
         with pytest.raises(BadRequest, match="output 'z'"):
-            service.infer(rows(1), ["z"], Call("/p"))
+            service.infer(rows(1), ["z"], Call("/p"), then=lambda answer: answer)
         with pytest.raises(DeadlineExceeded):
             await ask(service, deadline=time.monotonic() - 1)
         waiting = [asyncio.ensure_future(ask(service, 10)) for _ in range(8)]

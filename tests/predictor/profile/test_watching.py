@@ -2,6 +2,7 @@
 
 import asyncio
 import http.server
+import re
 import threading
 import time
 import zlib
@@ -10,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 from small_services import Add, Fails, Later, ask, chain, service_of
 
-from cube.errors import BadConfig, BadRequest, Overloaded
+from cube.errors import BadConfig, BadRequest, DeadlineExceeded, Overloaded
 from predictor.batching import Limits
 from predictor.profile.slow_requests import SlowRequests
 from predictor.profile.watch import Watch, watched
@@ -49,12 +50,33 @@ def test_slow_requests_do_not_flood_the_log(caplog, monkeypatch):
     assert caplog.messages[5] == "slow: 7 more within a second"
 
 
-def test_a_failed_slow_request_says_its_code(caplog):
-    service = service_of(*chain(Later(0.01), Fails(Overloaded("full"))))
-    service.counts.watchers.append(SlowRequests(0.005).request)
-    with pytest.raises(Overloaded):
-        asyncio.run(ask(service))
-    assert caplog.messages[0].endswith("ms for 3 rows, RESOURCE_EXHAUSTED")
+@pytest.mark.parametrize("is_batched", [False, True])
+def test_a_failed_slow_request_says_its_code_and_where_its_time_went(caplog, is_batched):
+    service = service_of(*chain(Later(0.01), Fails(Overloaded("full"))), limits=Limits(is_on=is_batched))
+
+    async def main():
+        async with watched([service], lambda _: Watch(slow_request_s=0.005)):
+            return await asyncio.gather(*(ask(service) for _ in range(3)), return_exceptions=True)
+
+    assert [type(answer) for answer in asyncio.run(main())] == [Overloaded] * 3
+    for line in caplog.messages:
+        found = re.search(r"ms for 3 rows, RESOURCE_EXHAUSTED; workflow w: run ([\d.]+) ms (.*)$", line)
+        assert found
+        assert re.fullmatch(r"\(\d rows: a \d\d+\.\d, b \d+\.\d unfinished, rest \d+\.\d\)", found[2])
+    assert len(caplog.messages) == 3
+
+
+def test_a_slow_request_that_expired_before_it_ran_says_so(caplog):
+    service = service_of(*chain(Later(0.05)), limits=Limits())
+
+    async def main():
+        async with watched([service], lambda _: Watch(slow_request_s=0.005)):
+            late = ask(service, deadline=time.monotonic() + 0.02)
+            return await asyncio.gather(ask(service), late, return_exceptions=True)
+
+    assert isinstance(asyncio.run(main())[1], DeadlineExceeded)
+    (line,) = (line for line in caplog.messages if "DEADLINE_EXCEEDED" in line)
+    assert line.endswith("ms for 3 rows, DEADLINE_EXCEEDED; no run of it began, or had ended")
 
 
 TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"

@@ -1,0 +1,56 @@
+"""What counts the samples of a program, and whether a predictor can serve it by that. Pure.
+
+A request has any number of samples, and a predictor merges and splits requests by them. So they lie along the first
+dimension of all that goes by samples: ids, other inputs whose first dimension varies, outputs.
+"""
+
+from collections.abc import Iterable, Sequence
+
+from cube.errors import BadData
+
+Shape = Sequence[int | str]  # a text: a size that varies, as the program names it (s0) or computes it (5*s0)
+
+
+def counted_by(inputs: Iterable[Shape], outputs: Iterable[Shape]) -> str | None:
+    """The size that counts samples: what most outputs have first, or inputs if no output's varies; None: none does."""
+    firsts = [[shape[0] for shape in shapes if shape and _is_name(shape[0])] for shapes in (outputs, inputs)]
+    found = firsts[0] or firsts[1]
+    return str(max(found, key=found.count)) if found else None
+
+
+def obstacle(what: str, shape: Shape, samples: str | None, recipe: str) -> str:
+    """Why something that has to go by samples does not; empty if it does.
+
+    samples: as `counted_by` finds them. recipe: what to do where a shape is fixed.
+    """
+    if shape and shape[0] == samples:
+        return ""
+    if not shape:
+        return f"{what} are a single number, and a request has some for each sample"
+    if isinstance(shape[0], int):
+        return f"{what} have the fixed shape {text(shape, samples)}, and a request any number of samples: {recipe}"
+    return f"{what} have shape {text(shape, samples)}, in which samples do not come first"
+
+
+def output_obstacle(name: str, shape: Shape, samples: str | None) -> str:
+    """Why an output is in nobody's answer; empty if samples come first in it, or it is fixed, and everybody's."""
+    if not shape or isinstance(shape[0], int) or shape[0] == samples:
+        return ""
+    return f"output {name!r} has shape {text(shape, samples)}, in which samples do not come first"
+
+
+def check_input(name: str, shape: Shape, samples: str | None) -> None:
+    """Raise BadData for an input in which samples do not come first; one without them is everybody's."""
+    if shape and shape[0] != samples and (isinstance(shape[0], str) or samples in shape):
+        expected = "samples first; if lookups read it, let them go: --min-rows 0, no --keep"
+        raise BadData(f"input {name!r}", f"shape {text(shape, samples)}", expected)
+
+
+def text(shape: Shape, samples: str | None) -> str:
+    """A shape for people."""
+    return f"[{', '.join('samples' if size == samples else str(size) for size in shape)}]"
+
+
+def _is_name(size: int | str) -> bool:
+    """Whether a size varies by itself, and does not follow from another."""
+    return isinstance(size, str) and not set(size) & set("*+/() ")
