@@ -109,7 +109,8 @@ class Form:
         for lookup in self.lookups:
             each = max(_width(lookup) or 0, len(lookup.slots)) // len(lookup.slots)  # keys of a slot
             keys_of_all = rows * len(lookup.slots) * each
-            shape = [rows, *_sized(_ids_shape(lookup))[1:]] if lookup.lengths is None else [keys_of_all]
+            ids = _sized(_ids_shape(lookup))  # a program of a fixed number of samples takes no other
+            shape = [ids[0] if ids[0] >= 0 else rows, *ids[1:]] if lookup.lengths is None else [keys_of_all]
             rest: dict[str, Any] = {}
             if lookup.lengths is not None:
                 rest[lookup.lengths] = frozen(np.full((rows, len(lookup.slots)), each, np.int32))

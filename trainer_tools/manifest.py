@@ -110,7 +110,8 @@ class Lookup(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     weights: str | None = None  # request input FP32 [K]: each row is multiplied by its key's. With pooling "sum" only
     feed: str  # program input FP32 or FP16 [samples * slots, dim]; without pooling a row for each key, in their order
     # Only without pooling, where the program does what follows:
-    feed_shape: list[int] | None = None  # [-1, ..., dim]; -1: samples, or with a lod_level all their keys
+    # [-1, ..., dim]; -1: samples, or with a lod_level all their keys. Not -1: so many samples, every time
+    feed_shape: list[int] | None = None
     lod_level: int = 0  # above 0: a sample may have any number of keys, and the program takes their lengths (LoD)
     arranged_from: list[str] = []  # inputs of the trained program that the keys were arranged from, if not one as it is
     padding: int | None = None  # the key (`added` is in it) that stands for no key. Pooled: it is as if it were not

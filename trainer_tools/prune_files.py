@@ -18,6 +18,7 @@ from trainer_tools import accuracy, manifest, proof
 from trainer_tools.export_rows import CUBE_DIRECTORY
 from trainer_tools.feeding import Run, rows_in
 from trainer_tools.manifest import Manifest
+from trainer_tools.programs import servable
 from trainer_tools.programs.program import Candidate, Ids, Lookup, TrainedProgram, chosen, decide
 from trainer_tools.proof import Expected, Read
 from trainer_tools.pruning import Difference, Options, Report, drawn
@@ -233,6 +234,7 @@ def _noted(candidate: Candidate, cut: Cut[P]) -> Candidate:
         ids = cut.program.ids(lookup)
         reason += f"; ids arranged from {', '.join(ids.inputs)}" if ids.inputs != [lookup.ids] else ""
         reason += f"; {', '.join(map(str, ids.added))} added to ids" if ids.added not in ((), (0,)) else ""
+        reason += servable.fixed_note(next(t.shape for t in cut.pruned.inputs() if t.name == lookup.feed))
     if candidate.is_cut and cut.pruned.holds(lookup.table):
         reason += "; the table stays too, for other ops read it"
     return candidate._replace(reason=reason)

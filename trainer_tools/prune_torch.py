@@ -145,6 +145,8 @@ def _noted(candidate: Candidate, cuts: Sequence[Cut], pruned: TorchProgram) -> C
             reason += f"; ids arranged from {', '.join(found.inputs)}"
         if found.added not in ((), (0,)):
             reason += f"; {', '.join(map(str, found.added))} added to ids"
+        if found.pooling == "none":
+            reason += servable.fixed_note(next(t.shape for t in pruned.inputs() if t.name == lookup.feed))
         if lookup.table in pruned.program.state_dict:
             reason += "; the table stays too, for other ops read it"
     return candidate._replace(reason=reason)

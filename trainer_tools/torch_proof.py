@@ -157,7 +157,8 @@ def random_inputs(original: Original, cut: Sequence[Keyed], samples: int) -> Ite
         tensor.name: [_evaluated(size, sizes) for size in original.program.nodes[tensor.name].meta["val"].shape]
         for tensor in original.program.inputs()
     }
-    each = next(size for symbol, size in sizes.items() if str(symbol) == original.program.samples)
+    fixed = original.program.nodes[cut[0].found.ids].meta["val"].shape[0]
+    each = next((size for symbol, size in sizes.items() if str(symbol) == original.program.samples), fixed)
     rng = np.random.default_rng(0)
     for _ in range(min(_MOST_RUNS, -(-samples // each))):
         yield each, _filled(original, {keyed.found.name: keyed.keys.size for keyed in cut}, shapes, rng)
@@ -177,8 +178,9 @@ def _sizes(program: TorchProgram, samples: int) -> dict[Any, int]:
         for size in shape:
             for symbol in [] if isinstance(size, int) else size.node.expr.free_symbols:
                 choose(symbol, _OTHER_SIZE)
-    (counted,) = [symbol for symbol in sizes if str(symbol) == program.samples]  # or no lookup could be cut
-    choose(counted, samples)
+    counted = next((symbol for symbol in sizes if str(symbol) == program.samples), None)  # None: they are fixed
+    if counted is not None:
+        choose(counted, samples)
     for found in program.found:
         if found.offsets and not found.is_even and not found.obstacle:
             bags = _evaluated(program.nodes[found.offsets].meta["val"].shape[0], sizes)

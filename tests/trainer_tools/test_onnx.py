@@ -172,7 +172,8 @@ OTHERWISE = {  # inputs, what is done to them, and why nobody could serve it
     "turned": ([IDS], [helper.make_node("Transpose", ["ids"], ["p"], perm=[1, 0])],
                r"its ids have the fixed shape \[3, n\]"),
     "below each other": ([IDS], [helper.make_node("Concat", ["ids", "ids"], ["p"], axis=0)], "22 for 11 samples"),
-    "a fixed number of samples": ([value("ids", [2, 3], TensorProto.INT64)], [], r"the fixed shape \[2, 3\]"),
+    "a fixed number of samples": ([value("ids", [2, 3], TensorProto.INT64), value("x", ["n"])], [],
+                                  r"the fixed shape \[2, 3\]"),
     "a single one": ([value("ids", [], TensorProto.INT64)], [], "its ids are a single number"),
     "time first": ([value("ids", ["time", "n"], TensorProto.INT64), value("x", ["n"])], [],
                    r"shape \[time, samples\], in which samples do not come first"),
@@ -189,6 +190,23 @@ def test_ids_that_do_not_lie_sample_by_sample_stay_and_the_report_says_why(tmp_p
     ((name, is_cut, reason),) = reasons(place)
     assert (name, is_cut) == ("e", False)
     assert re.search(why, reason)
+
+
+@pytest.mark.parametrize("sizes", [[1, "time"], [2, 3]])
+def test_a_program_of_a_fixed_number_of_samples_is_served_as_it_is(tmp_path, sizes):
+    """As taggers are often exported: for a sentence at a time, of any length."""
+    inputs = [value("ids", sizes, TensorProto.INT64), value("x", [sizes[0], 4])]
+    nodes = [LOOK, helper.make_node("ReduceSum", ["e", "along"], ["s"], keepdims=0)]
+    nodes += [helper.make_node("Add", ["s", "x"], ["y"])]
+    place = made(
+        tmp_path / "m", nodes, {"t": TABLE, "along": np.array([1])}, inputs, [value("y", [sizes[0], DIM])]
+    )  # fmt: skip
+    report, said, program = pruned(place, tmp_path, verify_samples=20)
+    assert (report.compared >= 20, report.largest_difference) == (True, 0)
+    samples = "1 sample" if sizes[0] == 1 else "2 samples"
+    assert f"takes {samples} at a time, and no requests are merged: export it with" in report.candidates[0].reason
+    assert said.lookups[0].feed_shape == [sizes[0], -1 if sizes[1] == "time" else 3, DIM]
+    assert [t.name for t in program.inputs()] == ["x", "e"]
 
 
 ADDED = {  # what is done to the ids, the columns and the constants of the request, and the name of what it holds

@@ -531,9 +531,6 @@ class SomeBags(Bag):
 
 
 UNSERVABLE = {
-    "its ids have the fixed shape [8, 5], and a request any number of samples: export with dynamic_shapes={'ids': {0": (
-        lambda: (Rowwise(), (ids(8, 5),), None)
-    ),
     "its bags have the fixed shape [8], and a request any number of samples": (
         lambda: (Rows(mode="sum"), (ids(8, 5),), None)
     ),
@@ -547,6 +544,14 @@ UNSERVABLE = {
         SomeBags(), (torch.zeros(3, 5), ids(9), ids(4)), ({0: B}, {0: K}, {0: L})
     ),
 }  # fmt: skip
+
+
+def test_a_program_of_a_fixed_number_of_samples_is_served_as_it_is(tmp_path):
+    report, said, program = pruned(saved(tmp_path / "model", Rowwise(), (ids(8, 5),), None))
+    assert report.largest_difference == 0
+    assert "takes 8 samples at a time, and no requests are merged: export it with" in report.candidates[0].reason
+    assert said.lookups[0].feed_shape == [8, 5, DIM]
+    assert not torch_export.TorchProgram(program).lookups()
 
 
 @pytest.mark.parametrize("finding", UNSERVABLE)

@@ -64,7 +64,9 @@ class IdsFinder:
         inputs = [self._dims(name) for name in self._inputs]
         outputs = [self._dims(value.name) for value in model.graph.output]
         known = [[dims for dims in ends if dims[:1] != [_UNKNOWN]] for ends in (inputs, outputs)]
-        self._samples = servable.counted_by(*known) or "samples"
+        firsts = {dims[0] for dims in inputs if dims}
+        self._first: int | str = firsts.pop() if len(firsts) == 1 else _UNKNOWN  # of all inputs
+        self._samples = None if isinstance(self._first, int) else servable.counted_by(*known) or "samples"
 
     def origin(self, ids: str, rows: int) -> Origin:
         """What ids of a table of so many rows are made of."""
@@ -149,12 +151,13 @@ class IdsFinder:
         dims = self._by_samples(self._dims(ids))
         if ids not in self._inputs and len(made := self._trial(ids)) == len(_TRIED):
             dims = [
-                sizes[0] if len(set(sizes)) == 1 else self._samples if sizes == _TRIED else _UNKNOWN
+                sizes[0] if len(set(sizes)) == 1 else self._samples or _UNKNOWN if sizes == _TRIED else _UNKNOWN
                 for sizes in zip(*(array.shape for array in made), strict=True)
             ]
             if dims[:1] == [_UNKNOWN]:
                 return f"its ids are as many as {made[0].shape[0]} for {_TRIED[0]} samples, and not one after another"
-        samples = None if dims and isinstance(dims[0], int) else self._samples  # a later size may have its name
+        # A later size may have the name of samples.
+        samples = "samples" if self._samples and dims and isinstance(dims[0], int) else self._samples
         return servable.obstacle("its ids", dims, samples, _RECIPE)
 
     def _trial(self, name: str, other: int = _OTHER_SIZE) -> list[NDArray[Any]]:
@@ -184,7 +187,7 @@ class IdsFinder:
 
     def _by_samples(self, dims: list[int | str]) -> list[int | str]:
         """The same, where the first, if it is unknown, is taken to be samples."""
-        return [self._samples, *dims[1:]] if dims[:1] == [_UNKNOWN] else dims
+        return [self._samples or self._first, *dims[1:]] if dims[:1] == [_UNKNOWN] else dims
 
     def _unchanged(self, name: str, rows: int) -> str | None:
         """The value that arithmetic, number by number, makes `name` of, if it leaves 0 to rows - 1 as they are."""

@@ -28,6 +28,7 @@ _DATATYPES: dict[int, str] = {
     VarType.INT64: "INT64", VarType.FP16: "FP16", VarType.BF16: "BF16", VarType.FP32: "FP32", VarType.FP64: "FP64",
 }  # fmt: skip
 _SAMPLES = "samples"  # Paddle names no dimensions
+_RECIPE = "save it with -1 (None) for the first dimension"
 _LOOKUPS = ("lookup_table", "lookup_table_v2", "distributed_lookup_table")
 _OTHER_LOOKUPS = {
     "c_embedding": "its table is a part of one that is split over trainers",
@@ -112,7 +113,7 @@ class PaddleProgram:
     def check_inputs(self, names: Sequence[str]) -> None:
         """Raise BadData for inputs of which a predictor could not tell samples apart."""
         for name in names:
-            servable.check_input(name, self._shape(name), _SAMPLES)
+            servable.check_input(name, self._shape(name), self._samples)
             if self.lod_level(name) > 1:
                 place, found = f"{self.path} variable {name!r}", "sequences of sequences (LoD level 2 or more)"
                 raise BadData(place, found, "sequences (LoD level 1) at most, which is what is served")
@@ -244,11 +245,15 @@ class PaddleProgram:
             if self.lod_level(name) > 1:
                 return f"{name} holds sequences of sequences (LoD level 2 or more)"
         for name in paddle_desc.fetched(self.desc):
-            if wrong := servable.output_obstacle(name, self._shape(name), _SAMPLES):
+            if wrong := servable.output_obstacle(name, self._shape(name), self._samples):
                 return wrong
-        return servable.obstacle(
-            "its ids", self._shape(ids), _SAMPLES, "save it with -1 (None) for the first dimension"
-        )
+        return servable.obstacle("its ids", self._shape(ids), self._samples, _RECIPE)
+
+    @property
+    def _samples(self) -> str | None:
+        """What counts samples; None: their number is fixed."""
+        ends = [tensor.name for tensor in self.inputs()], paddle_desc.fetched(self.desc)
+        return servable.counted_by(*([self._shape(name) for name in names] for names in ends))
 
     def _shape(self, name: str) -> servable.Shape:
         """Of a variable, whose first dimension counts samples if it varies."""

@@ -1,7 +1,8 @@
 """What counts the samples of a program, and whether a predictor can serve it by that. Pure.
 
 A request has any number of samples, and a predictor merges and splits requests by them. So they lie along the first
-dimension of all that goes by samples: ids, other inputs whose first dimension varies, outputs.
+dimension of all that goes by samples: ids, other inputs whose first dimension varies, outputs. A program in which no
+first dimension varies takes the same number of samples every time: it is served as it is, each request for itself.
 """
 
 from collections.abc import Iterable, Sequence
@@ -23,7 +24,7 @@ def obstacle(what: str, shape: Shape, samples: str | None, recipe: str) -> str:
 
     samples: as `counted_by` finds them. recipe: what to do where a shape is fixed.
     """
-    if shape and shape[0] == samples:
+    if shape and (shape[0] == samples or (samples is None and isinstance(shape[0], int))):
         return ""
     if not shape:
         return f"{what} are a single number, and a request has some for each sample"
@@ -44,6 +45,14 @@ def check_input(name: str, shape: Shape, samples: str | None) -> None:
     if shape and shape[0] != samples and (isinstance(shape[0], str) or samples in shape):
         expected = "samples first; if lookups read it, let them go: --min-rows 0, no --keep"
         raise BadData(f"input {name!r}", f"shape {text(shape, samples)}", expected)
+
+
+def fixed_note(feed: Sequence[int]) -> str:
+    """What is said of a lookup whose rows have this shape, in a program that takes as many samples every time."""
+    if not feed or feed[0] < 0:
+        return ""
+    samples = f"{feed[0]} sample{'s' if feed[0] != 1 else ''}"
+    return f"; takes {samples} at a time, and no requests are merged: export it with a first dimension that varies"
 
 
 def text(shape: Shape, samples: str | None) -> str:

@@ -153,7 +153,7 @@ class TorchProgram:
         made = self.nodes[found.output].meta["val"]
         bags = made if isinstance(made, torch.Tensor) else made[0]  # of several results
         slots = torch_lookups.times(bags.shape[0], self.samples) if self.samples else None
-        wrong = "" if slots else servable.obstacle("its bags", _shape(bags)[:1], self.samples, recipe)
+        wrong = "" if slots else servable.obstacle("its bags", _shape(bags)[:1], self.samples or "samples", recipe)
         return found._replace(slots=slots, obstacle=wrong)
 
     def _lookup(self, found: TorchLookup) -> Lookup:
