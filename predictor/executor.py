@@ -30,7 +30,8 @@ SHORT_S = 0.004
 WORTH_A_THREAD_S = 0.001  # of each of two steps of one stage, to run at once
 _NEWEST_WEIGHT = 0.2
 _UNTIMED = 8  # of so many short runs one is timed
-_CAUGHT = 2  # runs that took the event loop's time without computing, after which a step has a thread
+_CAUGHT = 2  # runs that waited instead of computing, after which a step has a thread
+_FORGIVEN = 256  # runs that did not wait, after which one that did is forgotten
 TIMES = 4  # of each step of a run
 
 
@@ -38,14 +39,15 @@ class RunTimes:
     """CPU seconds of runs by size class: a moving average per power of two of work. Unknown is long.
 
     CPU time, not wall time: a run in a thread that waits for the GIL would look long, and stay in a thread for ever.
-    Steps that wait (for a file, another server, a lock) take no CPU, and would stop the event loop: they are long for
-    ever once they have been caught twice. Of short runs on the event loop only some are timed: asking for the CPU time
-    is a system call, and two of them cost as much as a small op.
+    Steps that wait (for a file, another server, a lock) take no CPU, and would stop the event loop: they are long once
+    they have been caught twice, until many runs have not waited. Of short runs on the event loop only some are timed:
+    asking for the CPU time is a system call, and two of them cost as much as a small op.
     """
 
     def __init__(self) -> None:
         self._seconds = [math.inf] * 64
         self._caught = 0
+        self._unhindered = 0  # timed runs in a row that did not wait, while some have been caught
         self._untimed = _UNTIMED  # short runs in a row
 
     def is_due(self, work: int) -> bool:
@@ -64,11 +66,14 @@ class RunTimes:
         """Of a run of so much work; infinite before there was one."""
         return self._seconds[work.bit_length()] if self._caught < _CAUGHT else math.inf
 
-    def learn(self, work: int, seconds: float, wall_s: float = 0.0) -> None:
-        """Take one run into account. wall_s: how long it took, where it was on the event loop and has slept there."""
-        if wall_s > SHORT_S and wall_s > 4 * seconds + SHORT_S:
-            self._caught += 1
-            self._untimed = _UNTIMED
+    def learn(self, work: int, seconds: float, has_waited: bool = False) -> None:
+        """Take one run into account."""
+        if has_waited:
+            self._caught, self._unhindered, self._untimed = min(self._caught + 1, 2 * _CAUGHT), 0, _UNTIMED
+        elif self._caught:
+            self._unhindered += 1
+            if self._unhindered >= _FORGIVEN:
+                self._caught, self._unhindered = self._caught - 1, 0
         known = self._seconds[work.bit_length()]
         fresh = seconds if known == math.inf else known + _NEWEST_WEIGHT * (seconds - known)
         self._seconds[work.bit_length()] = fresh
@@ -183,20 +188,24 @@ class Executor:
         """On the event loop."""
         began = time.monotonic()
         if times.is_due(run.work):
-            slept = _sleeps()
-            seconds = self._timed(run, steps)
-            wall_s = time.monotonic() - began
-            times.learn(run.work, seconds, wall_s if _sleeps() > slept else 0.0)
+            times.learn(run.work, *self._timed(run, steps))
         else:
             self._compute(run, steps)
             if time.monotonic() - began > SHORT_S:
                 times.look_again()
 
-    def _timed(self, run: Run, steps: Sequence[Step]) -> float:
-        """The same; CPU seconds it took."""
-        begin = time.thread_time()
+    def _timed(self, run: Run, steps: Sequence[Step]) -> tuple[float, bool]:
+        """The same; CPU seconds it took, and whether it has waited.
+
+        Waiting for the interpreter is not meant, nor having lost the core: then this process or another one computes.
+        """
+        began, slept = time.monotonic(), _sleeps()
+        everybodys, begin = time.process_time(), time.thread_time()
         self._compute(run, steps)
-        return time.thread_time() - begin
+        seconds, wall_s = time.thread_time() - begin, time.monotonic() - began
+        if wall_s < SHORT_S or _sleeps() == slept:
+            return seconds, False
+        return seconds, wall_s > 4 * (time.process_time() - everybodys) + SHORT_S
 
     def _compute(self, run: Run, steps: Sequence[Step]) -> None:
         """Run steps that do not wait."""
@@ -209,7 +218,7 @@ class Executor:
     async def _in_thread(self, run: Run, steps: Sequence[Step], times: RunTimes) -> None:
         loop = asyncio.get_running_loop()
         run.in_threads |= {step.number for step in steps}
-        times.learn(run.work, await loop.run_in_executor(self._threads, self._timed, run, steps))
+        times.learn(run.work, *await loop.run_in_executor(self._threads, self._timed, run, steps))
 
     def _one(self, run: Run, step: Step) -> Awaitable[None] | None:
         """Run a step that may wait."""
@@ -284,7 +293,7 @@ def segments(plan: Plan) -> list[Segment]:
 
 
 def _sleeps() -> int:
-    """How often this thread has waited for something; having lost its core to another process is not waiting."""
+    """How often this thread has given up its core by itself."""
     return resource.getrusage(resource.RUSAGE_THREAD).ru_nvcsw
 
 

@@ -114,6 +114,37 @@ def test_run_times_are_known_by_size():
     assert times.expected(5_000) == pytest.approx(0.05)
 
 
+def test_a_step_that_was_caught_waiting_gets_the_event_loop_back_when_it_has_stopped():
+    times = RunTimes()
+    times.learn(1, 0.001)
+    for _ in range(2):
+        assert times.expected(1) < 0.004
+        times.learn(1, 0.001, has_waited=True)
+    for _ in range(255):
+        times.learn(1, 0.001)
+        assert times.expected(1) == float("inf")
+    times.learn(1, 0.001)
+    assert times.expected(1) == pytest.approx(0.001)
+
+
+def test_a_thread_that_has_the_interpreter_is_not_what_a_step_waits_for():
+    """Whose runs stay on the event loop, though they take long there."""
+
+    def count(until):
+        while time.monotonic() < until:
+            sum(range(100))
+
+    node = Node("a", Apply(lambda x: [sum(range(200)) for _ in range(20)] and x))
+    runner = executor_of([node])
+    run(runner)
+    busy = threading.Thread(target=count, args=(time.monotonic() + 0.5,))
+    busy.start()
+    for _ in range(40):
+        run(runner)
+    busy.join()
+    assert node.op.threads[-1] is threading.main_thread()
+
+
 # ---- a stage at once ----
 
 
