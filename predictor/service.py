@@ -183,13 +183,13 @@ class Service:
             request = self.form.read(inputs)
             rows = request.rows
 
-            def answered(each: Sequence[list[Share[Run]]]) -> T:
+            def answered(*each: list[Share[Run]]) -> T:
                 made = then(self._answer(request, each, wanted))
                 self._ended(call, began, rows, each)
                 return made
 
             if len(self.lanes) == 1:
-                made = self._submit(self.lanes[0], request, call, priority, lambda shares: answered((shares,)))
+                made = self._submit(self.lanes[0], request, call, priority, answered)
             else:
                 made = self._several(request, call, priority, answered)
         except Exception as error:
@@ -248,18 +248,16 @@ class Service:
         values = self._values(lane, request)
         return lane.batcher.submit(values, request.rows, request.work, call.deadline, priority, then=then)
 
-    async def _several(
-        self, request: Request, call: Call, priority: int, then: Callable[[Sequence[list[Share[Run]]]], T]
-    ) -> T:
+    async def _several(self, request: Request, call: Call, priority: int, then: Callable[..., T]) -> T:
         """Run all lanes."""
         if not self._at_once:
-            return then([await self._shares(lane, request, call, priority) for lane in self.lanes])
+            return then(*[await self._shares(lane, request, call, priority) for lane in self.lanes])
         try:
             async with asyncio.TaskGroup() as group:  # one that fails ends the others
                 tasks = [group.create_task(self._shares(lane, request, call, priority)) for lane in self.lanes]
         except ExceptionGroup as errors:
             raise errors.exceptions[0] from None
-        return then([task.result() for task in tasks])
+        return then(*[task.result() for task in tasks])
 
     async def _shares(self, lane: Lane, request: Request, call: Call, priority: int) -> list[Share[Run]]:
         return cast(list[Share[Run]], await _whole(self._submit(lane, request, call, priority, _itself)))
@@ -323,8 +321,9 @@ class Service:
 def _put_together(shares: Sequence[Share[Run]], make: Make) -> Any:
     """A request's part of an output."""
     first = shares[0]
-    if len(shares) == 1 and (first.start, first.stop) == (0, first.run.rows):
-        return first.run.values[make.place]
+    if len(shares) == 1:
+        value, rows = first.run.values[make.place], first.run.rows
+        return value if first.stop - first.start == rows else slice_rows(value, make.port, first.start, first.stop)
     parts = [slice_rows(share.run.values[make.place], make.port, share.start, share.stop) for share in shares]
     return join_rows(parts, make.port)
 
