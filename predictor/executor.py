@@ -197,15 +197,13 @@ class Executor:
     def _timed(self, run: Run, steps: Sequence[Step]) -> tuple[float, bool]:
         """The same; CPU seconds it took, and whether it has waited.
 
-        Waiting for the interpreter is not meant, nor having lost the core: then this process or another one computes.
+        Having lost the core to another process is not waiting. Waiting for the interpreter cannot be told from it: a
+        step that is caught for that is forgiven later.
         """
-        began, slept = time.monotonic(), _sleeps()
-        everybodys, begin = time.process_time(), time.thread_time()
+        began, slept, begin = time.monotonic(), _sleeps(), time.thread_time()
         self._compute(run, steps)
         seconds, wall_s = time.thread_time() - begin, time.monotonic() - began
-        if wall_s < SHORT_S or _sleeps() == slept:
-            return seconds, False
-        return seconds, wall_s > 4 * (time.process_time() - everybodys) + SHORT_S
+        return seconds, wall_s > 4 * seconds + SHORT_S and _sleeps() > slept
 
     def _compute(self, run: Run, steps: Sequence[Step]) -> None:
         """Run steps that do not wait."""

@@ -4,8 +4,6 @@ import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
 from cube.errors import BadRequest
 from cube.rpc.calls import Call
 from predictor.requests import Form
@@ -68,20 +66,19 @@ class MappedService(Service):
         given = rest.pop(self._key, None)
         if not isinstance(given, Texts):
             raise BadRequest(place, "nothing" if given is None else datatype_of(given), f"BYTES, {known}")
-        text = _in_every_element(given)
-        if text is None:
-            raise BadRequest(place, "different texts, or none", f"the same in every element, {known}")
-        if text not in self._by_value:
+        if not given.sizes.size:
+            raise BadRequest(place, "no text", f"the same in every element, {known}")
+        first = bytes(given.data[given.starts[0] : given.starts[0] + min(given.sizes[0], _LONGEST)])
+        text = first.decode("utf-8", "replace")
+        if given.sizes[0] > _LONGEST or text not in self._by_value:
             raise BadRequest(place, repr(text), known)
+        if not _are_all(given, first):
+            raise BadRequest(place, "different texts", f"the same in every element, {known}")
         return self._by_value[text], rest
 
 
-def _in_every_element(given: Texts) -> str | None:
-    """The one text that all elements are; of a long one its beginning."""
-    if not given.sizes.size or (given.sizes != given.sizes[0]).any():
-        return None
-    letters = given.data[given.starts[:, None] + np.arange(min(given.sizes[0], _LONGEST))]
-    if (letters != letters[0]).any():
-        return None
-    text: bytes = letters[0].tobytes()
-    return text.decode("utf-8", "replace")
+def _are_all(given: Texts, text: bytes) -> bool:
+    """Whether every element is this text. Letter by letter, of all elements at once: they may be millions."""
+    if (given.sizes != len(text)).any():
+        return False
+    return all(bool((given.data[given.starts + at] == letter).all()) for at, letter in enumerate(text))

@@ -172,7 +172,7 @@ def _random_array(
     if bounds is None and dtype.kind == "f":
         return rng.random(shape).astype(dtype)
     low, high = bounds or (np.int64(0), np.int64(2))
-    if dtype.kind in "iu":
+    if dtype.kind in "iu" and np.iinfo(dtype).max < np.iinfo(np.int64).max:
         high = np.minimum(high, np.iinfo(dtype).max)
     values = rng.integers(low, high, shape)
     for edge in (low, high - 1):

@@ -10,7 +10,9 @@ model/ with a torch.export program, signature.json and vocabularies, or with a P
 import argparse
 import errno
 import importlib.util
+import signal
 import sys
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
@@ -95,6 +97,8 @@ def _check_out(directory: Path, out: Path) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """prune-program."""
     args = _parser().parse_args(argv)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that drafts go away
     directory = Path(args.directory)
     beside = directory if directory.name not in ("", "..") else directory.resolve()
     out = Path(args.out) if args.out else beside.parent / f"{beside.name}.pruned"

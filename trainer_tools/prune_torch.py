@@ -82,6 +82,11 @@ def _halve(directory: Path, out: Path, draft: Path, options: Options) -> _Half:
     cuts = cuts_of(trained, lookups, options.vocabularies)
     pruned = trained.program.cut(lookups)
     _check_inputs(trained.program, pruned)
+    if torch_export.is_stateful(pruned.program):
+        found = "a program that changes its own parameters (max_norm), buffers or inputs in every run"
+        raise BadData(
+            str(trained.source), found, "one whose answer depends on its inputs only: no predictor serves others"
+        )
     file = draft / pruned.write(draft)
     parameters = {cut.found.table: cut.table for cut in cuts}
     tables = write_rows(trained.program, parameters, {}, draft, Version(trained.version), options.drop_zero_rows)

@@ -4,6 +4,7 @@ Numeric outputs always go out as raw contents: the common client decodes nothing
 """
 
 import importlib.metadata
+import time
 from collections.abc import Awaitable
 from functools import partial
 
@@ -66,6 +67,9 @@ class KServeDoor:
         service = self._service.service(head.model, head.version)
         with service.counts.reading:
             inputs = asked.values()
+        if head.timeout_us is not None:
+            until = time.monotonic() + head.timeout_us / 1e6
+            call.deadline = until if call.deadline is None else min(call.deadline, until)
         return service.infer(inputs, head.wanted, call, head.priority, then=partial(reply_of, asked.id))
 
 

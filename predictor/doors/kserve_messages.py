@@ -30,7 +30,7 @@ _TYPED = {
 # Tags of fields of the messages, all of wire type 2: a size, and so many bytes.
 _ID, _RAW_INPUT = 3 << 3 | 2, 7 << 3 | 2
 _REPLY_ID, _REPLY_PARAMETER, _RAW_OUTPUT = b"\x1a", b"\x22", b"\x32"
-_LONGEST_HEAD, _MOST_HEADS = 4_096, 1_024  # that are remembered: 4 MB
+_LONGEST_HEAD, _MOST_INPUTS, _MOST_HEADS = 2_048, 32, 1_024  # that are remembered: some 10 MB at most
 _COPIED_BYTES = 64 << 10  # a larger output is sent from where it lies
 
 
@@ -51,6 +51,7 @@ class Head(NamedTuple):
     version: str
     wanted: list[str]  # names of outputs, all if empty
     priority: int
+    timeout_us: int | None  # in which the answer is of use, beside the deadline of the call
     inputs: list[Input]
     refusal: ServingError | None  # what is wrong with it
 
@@ -97,11 +98,14 @@ class Requests:
         head = self._heads.get(key)
         if head is None:
             whole = _whole(message)  # has the last word on what is right
-            if whole.typed is not None or whole.head.refusal is not None or len(key) > _LONGEST_HEAD:
+            head = whole.head
+            if whole.typed is not None or head.refusal is not None:
+                return whole
+            if len(key) > _LONGEST_HEAD or len(head.inputs) > _MOST_INPUTS:
                 return whole
             if len(self._heads) >= _MOST_HEADS:
                 self._heads.clear()
-            head = self._heads[key] = whole.head
+            self._heads[key] = head
         return Asked(head, request_id, raws, None)
 
 
@@ -150,16 +154,19 @@ def _varint_at(message: Buffer, at: int) -> tuple[int, int]:
 def _whole(message: Buffer) -> Asked:
     request = parse(pb.ModelInferRequest, message)
     raws = request.raw_input_contents
-    refusal, priority = None, 0
+    refusal, priority, timeout_us = None, 0, None
     try:
         _refuse_what_is_not_here(request)
-        priority = _priority(request)
+        priority = _whole_number(request, "priority", "a number: 1 leaves first, 0 last") or 0
+        timeout_us = _whole_number(request, "timeout", "a whole number of microseconds, at least 1")
+        if timeout_us is not None and timeout_us < 1:
+            raise BadRequest("parameter 'timeout'", timeout_us, "a whole number of microseconds, at least 1")
         _refuse_mixtures(request)
     except ServingError as error:
         refusal = error
     inputs = [] if refusal is not None else [_input(tensor) for tensor in request.inputs] if raws else []
     wanted = [output.name for output in request.outputs]
-    head = Head(request.model_name, request.model_version, wanted, priority, inputs, refusal)
+    head = Head(request.model_name, request.model_version, wanted, priority, timeout_us, inputs, refusal)
     return Asked(head, request.id.encode(), raws, None if raws else request)
 
 
@@ -182,13 +189,14 @@ def _refuse_mixtures(request: pb.ModelInferRequest) -> None:
             raise BadRequest(f"input {tensor.name!r}", "both raw and typed contents", "one of the two")
 
 
-def _priority(request: pb.ModelInferRequest) -> int:
-    if "priority" not in request.parameters:
-        return 0
-    given = request.parameters["priority"]
+def _whole_number(request: pb.ModelInferRequest, name: str, expected: str) -> int | None:
+    """A parameter of the request; None if it is not there."""
+    if name not in request.parameters:
+        return None
+    given = request.parameters[name]
     kind = given.WhichOneof("parameter_choice")
     if kind not in ("int64_param", "uint64_param"):
-        raise BadRequest("parameter 'priority'", f"a {kind}", "a number: 1 leaves first, 0 last")
+        raise BadRequest(f"parameter {name!r}", f"a {kind}", expected)
     return int(getattr(given, kind))
 
 

@@ -170,8 +170,9 @@ class _HttpCall(Call):
 
 
 def _positive(place: str, given: Any, unit: str) -> int:
-    if type(given) is not int or given < 1:
-        raise BadRequest(place, repr(given)[:50], f"a whole number of {unit}, at least 1")
+    if type(given) is not int or not 1 <= given < 1 << 63:
+        found = "a number of many digits" if type(given) is int and given.bit_length() > 63 else repr(given)[:50]
+        raise BadRequest(place, found, f"a whole number of {unit}, at least 1")
     return given
 
 
@@ -212,7 +213,7 @@ def _parts(request: Request) -> tuple[_Infer, memoryview]:
     said = request.headers.get(JSON_LENGTH)
     size = len(body)
     if said is not None:
-        if not (said.isascii() and said.isdigit() and int(said[:19]) <= len(body)):
+        if not (said.isascii() and said.isdigit() and len(said) < 16 and int(said) <= len(body)):
             raise BadRequest(JSON_LENGTH, repr(said), f"at most the {len(body)} bytes of the body")
         size = int(said)
     if size > MAX_JSON_BYTES:

@@ -62,7 +62,7 @@ def pure(path: Path) -> ExportedProgram:
     exported = torch_export.load(path)
     if torch_export.is_stateful(exported):
         expected = "a program whose answer depends on its inputs only"
-        raise BadData(str(path), "a program that changes its own buffers or inputs", expected)
+        raise BadData(str(path), "a program that changes its own parameters (max_norm), buffers or inputs", expected)
     return exported
 
 

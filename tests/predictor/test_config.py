@@ -649,8 +649,9 @@ def test_a_request_says_which_workflow_runs_it(conf, tmp_path):
     assert np.allclose(tripled["y"], direct(3 * X), atol=1e-6)
     for variant, message in [
         ({"variant": texts([b"nett"])}, "input 'variant': found 'nett', expected one of 'net', 'triple'"),
-        ({"variant": texts([b"net", b"nex"])}, "found different texts, or none"),
-        ({"variant": texts([])}, "found different texts, or none"),
+        ({"variant": texts([b"net", b"nex"])}, "found different texts, expected"),
+        ({"variant": texts([])}, "found no text"),
+        ({"variant": texts([b"net" * 1000] * 3)}, "found 'netnetnet"),
         ({"variant": X}, "found FP32, expected BYTES"),
         ({}, "found nothing, expected BYTES"),
     ]:

@@ -127,22 +127,28 @@ def test_a_step_that_was_caught_waiting_gets_the_event_loop_back_when_it_has_sto
     assert times.expected(1) == pytest.approx(0.001)
 
 
-def test_a_thread_that_has_the_interpreter_is_not_what_a_step_waits_for():
-    """Whose runs stay on the event loop, though they take long there."""
+def test_a_step_that_waits_leaves_the_event_loop_while_others_compute():
+    def wait(x):
+        time.sleep(0.02)
+        return x
 
-    def count(until):
-        while time.monotonic() < until:
-            sum(range(100))
+    until = time.monotonic() + 20
+    stop = threading.Event()
 
-    node = Node("a", Apply(lambda x: [sum(range(200)) for _ in range(20)] and x))
+    def burn():
+        matrix = np.ones((300, 300))
+        while not stop.is_set() and time.monotonic() < until:
+            matrix @ matrix  # without the interpreter
+
+    node = Node("a", Apply(wait))
     runner = executor_of([node])
-    run(runner)
-    busy = threading.Thread(target=count, args=(time.monotonic() + 0.5,))
+    busy = threading.Thread(target=burn)
     busy.start()
-    for _ in range(40):
+    for _ in range(8):
         run(runner)
+    stop.set()
     busy.join()
-    assert node.op.threads[-1] is threading.main_thread()
+    assert node.op.threads[-1].name.startswith("test-compute")
 
 
 # ---- a stage at once ----

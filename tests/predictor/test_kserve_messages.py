@@ -48,6 +48,8 @@ def requests(draw):
         request.outputs.add(name=name)
     if draw(st.booleans()):
         request.parameters["priority"].int64_param = 3
+    if draw(st.booleans()):
+        request.parameters["timeout"].int64_param = draw(st.integers(-1, 3))
     kind = draw(st.sampled_from(["", "", "", "parameter", "twice", "typed", "both", "too few"]))
     if kind == "parameter":
         request.parameters["sequence_id"].int64_param = 3
@@ -87,7 +89,7 @@ def read(reader, message):
     try:
         asked = reader.read(message)
         head = asked.head
-        said = (head.model, head.version, list(head.wanted), head.priority, asked.id)
+        said = (head.model, head.version, list(head.wanted), head.priority, head.timeout_us, asked.id)
         values = {
             name: (value.dtype.str, value.shape, value.tobytes()) if isinstance(value, np.ndarray) else
             (value.shape, value.data.tobytes(), value.starts.tolist(), value.sizes.tolist())
@@ -177,6 +179,15 @@ def test_a_refused_head_is_refused_again_and_not_remembered():
         with pytest.raises(Unimplemented, match="sequence_id"):
             reader.read(request.SerializeToString()).values()
     assert not reader._heads
+
+
+@pytest.mark.parametrize("given", [0, -1, "soon", 1.5, True])
+def test_a_timeout_that_is_none_is_refused(given):
+    request = pb.ModelInferRequest.FromString(request_of((1,)))
+    kind = {int: "int64_param", str: "string_param", float: "double_param", bool: "bool_param"}[type(given)]
+    setattr(request.parameters["timeout"], kind, given)
+    with pytest.raises(BadRequest, match=r"parameter 'timeout': found .*, expected a whole number of microseconds"):
+        Requests().read(request.SerializeToString()).values()
 
 
 def test_tensors_are_read_only_and_lie_where_numbers_may_lie():

@@ -191,6 +191,53 @@ def test_a_net_whose_rows_look_at_each_other_is_not_merged(function, is_merged, 
     assert ("depends on the rows beside it" in caplog.text) is not is_merged
 
 
+@pytest.mark.parametrize(
+    ("function", "is_merged"),
+    [
+        (lambda x: x[:, 0].argsort(), False),  # an order of samples, in somebody else's request
+        (lambda x: x[:, 0].argsort().argsort(), False),
+        (lambda x: x.argmax(axis=1), True),
+        (lambda x: (x > 0.5).sum(axis=1), True),
+    ],
+)
+def test_whole_numbers_that_depend_on_other_rows_are_not_merged(function, is_merged):
+    class Ranks(Op):
+        inputs, outputs = {"x": X}, {"y": Port("INT64")}
+
+        def run(self, batch):
+            return {"y": function(batch["x"])}
+
+    service = service_of(Ranks())
+    asyncio.run(service.warm_up())
+    assert service.lanes[0].batcher.limits.is_on is is_merged
+
+
+@pytest.mark.parametrize(("mixes", "is_merged"), [(True, False), (False, True)])
+def test_rows_that_mix_are_found_where_no_made_up_key_is_in_a_table(mixes, is_merged):
+    class Empty(OneShard):
+        def answer(self, asks):
+            return Looked([Rows(np.zeros((a.keys.size, 2), np.float32), a.keys < 0, a.version) for a in asks], {})
+
+    form = Form({}, [LOOKUP], max_samples=100, max_keys=1000, finite=True)
+    net = Apply(lambda x: x - x.mean(axis=0) if mixes else 2 * x)
+    net.inputs = {"x": Port("FP32", (-1, 2))}
+    nodes = [
+        Node("gather", Gather([LOOKUP], {"emb": (Version(7), 2)}, Empty(True), 1.0, "fail")),
+        Node("pool", Pool([LOOKUP], {"emb": 2}), (Dependency("gather"),)),
+        Node("net", net, (Dependency("pool"),), {"x": "pool.f"}),
+    ]
+    lane = Lane(Executor(plan("w", nodes, form.ports), THREADS), Limits())
+    request = form.sample(3)
+    service = Service("s", "7", "test", form, [lane], tables={"emb": "7@0"})
+
+    async def main():
+        with nodes[0].op.with_made_up_rows():
+            await lane.check_company(request)
+
+    asyncio.run(main())
+    assert service.lanes[0].batcher.limits.is_on is is_merged
+
+
 def test_values_that_do_not_go_by_rows_are_not_merged(caplog):
     form = Form({"x": X, "scale": Port("FP32", (1,))}, [], max_samples=9, max_keys=0, finite=False)
     lane = Lane(Executor(plan("w", [Node("a", Apply(lambda x: x))], form.ports), THREADS), Limits())

@@ -1076,6 +1076,7 @@ def test_a_wrong_row_shows_in_the_proof(tmp_path, monkeypatch, wrong):
 def test_inputs_of_every_kind_are_proven(tmp_path, monkeypatch):
     """Dims of one name are of one size."""
     kinds = {"h": TensorProto.FLOAT16, "d": TensorProto.DOUBLE, "b": TensorProto.BOOL, "u": TensorProto.UINT8}
+    kinds |= {"v": TensorProto.UINT64}
     nodes = [LOOK, SUM]
     for name in kinds:
         nodes += [helper.make_node("Cast", [name], [f"{name}1"], to=1)]

@@ -12,7 +12,7 @@ from places import GOLDEN
 
 from cube.errors import BadData
 from trainer_tools import manifest
-from trainer_tools.pb.paddle_framework_pb2 import LONG, OpDesc, ProgramDesc, VarDesc, VarType
+from trainer_tools.pb.paddle_framework_pb2 import INT, INTS, LONG, OpDesc, ProgramDesc, VarDesc, VarType
 from trainer_tools.programs import paddle, paddle_desc
 from trainer_tools.programs.paddle_desc import reads, writes
 from trainer_tools.programs.program import Rules
@@ -96,6 +96,14 @@ def test_the_one_other_file_holds_the_parameters_whatever_its_name(model, tmp_pa
         ([op("hash", {"X": "a"}, {"Out": "p"}), op("cast", {"X": "p"}, {"Out": "q"}),
           op("lookup_table_v2", {"Ids": "q", "W": "t"}, {"Out": "x"})], "its ids are computed by op hash (p)"),
         ([op("lookup_table_v2", {"Ids": "c", "W": "t"}, {"Out": "x"})], "its ids are constants, c"),
+        ([op("reshape2", {"X": "a"}, {"Out": "r"}), op("lookup_table_v2", {"Ids": "r", "W": "t"}, {"Out": "x"})],
+         "its ids are flattened by reshape2: 1 of a sample become 3"),
+        ([op("transpose2", {"X": "a"}, {"Out": "p"}, OpDesc.Attr(name="axis", type=INTS, ints=[1, 0])),
+          op("lookup_table_v2", {"Ids": "p", "W": "t"}, {"Out": "x"})],
+         "its ids are transposed, so that samples do not come first (p)"),
+        ([op("concat", {"X": "a b"}, {"Out": "p"}, OpDesc.Attr(name="axis", type=INT, i=0)),
+          op("lookup_table_v2", {"Ids": "p", "W": "t"}, {"Out": "x"})],
+         "its ids are put together by concat along samples (p)"),
         ([op("scale", {"X": "t"}, {"Out": "u"}), op("lookup_table_v2", {"Ids": "a", "W": "u"}, {"Out": "x"})],
          "its table is computed by op scale"),
         ([op("lookup_table_v2", {"Ids": "a", "W": "b"}, {"Out": "x"})], "its table is no parameter"),
@@ -106,7 +114,8 @@ def test_the_one_other_file_holds_the_parameters_whatever_its_name(model, tmp_pa
 )  # fmt: skip
 def test_what_is_no_lookup_of_a_request_stays_and_the_report_says_why(tmp_path, ops, why):
     more = [
-        variable("p", [-1, 1], VarType.INT64), variable("q", [-1, 1], VarType.INT64), variable("u", [2000, 3]),
+        variable("p", [-1, 1], VarType.INT64), variable("r", [-1, 3], VarType.INT64),
+        variable("q", [-1, 1], VarType.INT64), variable("u", [2000, 3]),
         variable("c", [5, 1], VarType.INT64, persistable=True),
         variable("wide", [5, 1], VarType.FP64, persistable=True),
     ]  # fmt: skip

@@ -3,6 +3,7 @@
 Paddle itself is not needed.
 """
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -276,9 +277,28 @@ class PaddleProgram:
                 return [], f"its ids are computed by op {writers[-1].type} ({name})"
             if writers[0].type == "feed":
                 inputs.append(name)
+            elif mixed := self._mixes_samples(writers[0], name):
+                return [], mixed
             else:
                 todo += reversed(reads(writers[0]))
         return inputs, ""
+
+    def _mixes_samples(self, op: OpDesc, made: str) -> str:
+        """Why samples do not come one after another in what an op that moves ids about has made; empty if they do."""
+        attributes = {attr.name: attr for attr in op.attrs}
+        if op.type.startswith("transpose") and list(attributes["axis"].ints)[:1] not in ([], [0]):
+            return f"its ids are transposed, so that samples do not come first ({made})"
+        if op.type in ("concat", "stack", "split") and (axis := attributes.get("axis")) is not None and axis.i == 0:
+            return f"its ids are put together by {op.type} along samples ({made})"
+        if op.type in ("reshape", "reshape2", "flatten", "flatten2", "flatten_contiguous_range"):
+            given = next(iter(arguments(op.inputs, "X")), made)
+            if not self.lod_level(given) and self._each(given) != self._each(made):
+                return f"its ids are flattened by {op.type}: {self._each(given)} of a sample become {self._each(made)}"
+        return ""
+
+    def _each(self, name: str) -> int:
+        """Elements for each entry of a variable's first dimension; negative if that varies."""
+        return math.prod(list(self._known[name].type.dense_tensor.tensor.dims)[1:])
 
     def _one_padding_each(self, lookups: list[Lookup]) -> list[Lookup]:
         """Padding is zeros in the rows, so lookups that disagree about a table's padding cannot share its rows."""

@@ -188,7 +188,12 @@ def save(program: ExportedProgram, path: Path) -> None:
 
 
 def is_stateful(program: ExportedProgram) -> bool:
-    """Whether a run changes the program's buffers or inputs, so that the next run's answer depends on it."""
+    """Whether a run changes the program's parameters, buffers or inputs, so that the next run's answer depends on it.
+
+    Of parameters only what max_norm does to them: it scales rows in place, and two runs at once scale them twice.
+    """
+    if any("embedding_renorm_" in str(node.target) for node in program.graph.nodes):
+        return True
     if any(getattr(getattr(node.target, "_schema", None), "is_mutable", False) for node in program.graph.nodes):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # torch's of torch

@@ -136,6 +136,17 @@ class Scribble(torch.nn.Module):
         return x + 1
 
 
+class Normed(torch.nn.Module):
+    """Scales rows of its table."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = torch.nn.Embedding(5, 2, max_norm=0.1)
+
+    def forward(self, x):
+        return self.table(x.long())
+
+
 class InPlace(torch.nn.Module):
     """Changes a value of its own: no harm in that."""
 
@@ -143,10 +154,12 @@ class InPlace(torch.nn.Module):
         return (x + 1).mul_(2)
 
 
-@pytest.mark.parametrize("net", [Counter, Scribble])
+@pytest.mark.parametrize("net", [Counter, Scribble, Normed])
 def test_a_torch_program_that_changes_itself_or_its_inputs_is_refused(tmp_path, net):
     torch.export.save(torch.export.export(net(), (torch.ones(2),)), tmp_path / "net.pt2")
-    with pytest.raises(BadData, match="found a program that changes its own buffers or inputs"):
+    with pytest.raises(
+        BadData, match=r"found a program that changes its own parameters \(max_norm\), buffers or inputs"
+    ):
         TorchEngine(tmp_path / "net.pt2")
 
 
