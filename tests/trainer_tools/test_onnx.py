@@ -209,6 +209,13 @@ def test_a_program_of_a_fixed_number_of_samples_is_served_as_it_is(tmp_path, siz
     assert [t.name for t in program.inputs()] == ["x", "e"]
 
 
+def test_ids_that_are_hashed_into_the_table_stay(tmp_path):
+    """Every id beyond the table has a row of its own then, and would read zeros."""
+    nodes = [helper.make_node("Mod", ["ids", "rows"], ["p"]), helper.make_node("Gather", ["t", "p"], ["e"]), SUM]
+    place = made(tmp_path / "m", nodes, {"t": TABLE, "rows": np.array([len(TABLE)])})
+    assert reasons(place) == [("e", False, "its ids are computed by op Mod (p)")]
+
+
 ADDED = {  # what is done to the ids, the columns and the constants of the request, and the name of what it holds
     "to each column": ([helper.make_node("Add", ["ids", "starts"], ["p"])], [0, 500, 1500], "ids"),
     "from the other side": ([helper.make_node("Add", ["starts", "ids"], ["p"])], [0, 500, 1500], "ids"),

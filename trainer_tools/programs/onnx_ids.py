@@ -31,6 +31,7 @@ _ELEMENTWISE = {
 }  # fmt: skip
 _WHOLE = {TensorProto.INT32, TensorProto.INT64}
 _IDS_AT_ONCE = 1 << 20
+_IDS_BEYOND = 1_000  # ids that no row has, which are tried too
 _TRIED, _OTHER_SIZE = (11, 17), 3  # samples of a trial; of dimensions that count none
 _UNKNOWN = "?"  # a size that nobody names
 _MADE_UP = re.compile(r"unk__\d+")  # tf2onnx's: another for every size, where they are the same too
@@ -212,7 +213,10 @@ class IdsFinder:
         return base if self._leaves_ids(name, base, rows) else None
 
     def _leaves_ids(self, name: str, base: str, rows: int) -> bool:
-        """Whether `name` is what `base` is for every id of a table."""
+        """Whether `name` is what `base` is for every id of a table, and spreads no other ids over its rows.
+
+        What gives all other ids one row (a clip, one for unknown words) is let pass: absent keys read alike too.
+        """
         if base not in self._values or name not in self._values:
             return False
         kind = self._values[base].type.tensor_type.elem_type
@@ -225,7 +229,12 @@ class IdsFinder:
             made = _interpreted(part, name, {base: ids.astype(dtype)})
             if made is None or not np.array_equal(made, ids):
                 return False
-        return True
+        most = np.iinfo(dtype).max if dtype.kind == "i" else 1 << 53
+        beyond = np.arange(rows, min(rows + _IDS_BEYOND, most))
+        made = _interpreted(part, name, {base: beyond.astype(dtype)})
+        if made is None or made.shape != beyond.shape:
+            return False
+        return np.unique(made[(made >= 0) & (made < rows)]).size <= 1  # ids % rows: who hashes means each of them
 
 
 def _interpreted(part: ModelProto, name: str, given: Mapping[str, NDArray[Any]]) -> NDArray[Any] | None:
