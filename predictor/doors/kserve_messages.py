@@ -31,6 +31,7 @@ _TYPED = {
 _ID, _RAW_INPUT = 3 << 3 | 2, 7 << 3 | 2
 _REPLY_ID, _REPLY_PARAMETER, _RAW_OUTPUT = b"\x1a", b"\x22", b"\x32"
 _LONGEST_HEAD, _MOST_INPUTS, _MOST_HEADS = 2_048, 32, 1_024  # that are remembered: some 10 MB at most
+_MOST_FIELDS = 128  # of a message that is taken apart here
 _COPIED_BYTES = 64 << 10  # a larger output is sent from where it lies
 
 
@@ -114,8 +115,12 @@ def _split(message: Buffer) -> tuple[bytes, bytes, list[bytes]] | None:
     at, end, request_id = 0, len(message), b""
     head_end, id_at, id_end = end, 0, 0
     raws: list[bytes] = []
+    fields = 0
     try:
         while at < end:
+            fields += 1
+            if fields > _MOST_FIELDS:  # a message of a million empty ones would hold the event loop up
+                return None
             tag, size, start = message[at], message[at + 1], at + 2
             if size > 127:
                 size, start = _varint_at(message, at + 1)

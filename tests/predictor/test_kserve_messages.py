@@ -171,6 +171,14 @@ def test_what_is_remembered_is_bounded(monkeypatch):
     assert all(len(key) <= 4_096 for key in reader._heads)
 
 
+def test_a_message_of_very_many_fields_is_protobufs():
+    """Looking at each here would hold the event loop up."""
+    message = request_of((1,)) + b"\x3a\x00" * 1_000_000
+    assert kserve_messages._split(message) is None
+    with pytest.raises(BadRequest, match="raw_input_contents: found 1000001 entries"):
+        Requests().read(message).values()
+
+
 def test_a_refused_head_is_refused_again_and_not_remembered():
     request = pb.ModelInferRequest.FromString(request_of((1,)))
     request.parameters["sequence_id"].int64_param = 1
