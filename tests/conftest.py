@@ -11,6 +11,7 @@ from typing import NamedTuple
 import hypothesis
 import pytest
 from places import BIN, ROOT
+from processes import processes_that_name
 
 import cube.cli
 import cube.ctl
@@ -37,6 +38,7 @@ class Demo(NamedTuple):
 
     root: Path
     output: str
+    processes_left: str  # that named its files when it had ended
 
     @property
     def model(self) -> Path:
@@ -64,7 +66,7 @@ def demo(tmp_path_factory) -> Demo:
     place = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
         place = place.parent
-    root, output = place / "demo", place / "demo.output"
+    root, output, left = place / "demo", place / "demo.output", place / "demo.left"
     with (place / "demo.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not output.exists():
@@ -72,8 +74,9 @@ def demo(tmp_path_factory) -> Demo:
             command = [sys.executable, "-m", "trainer_tools.demo", "--lines", "4000", "--root", str(root)]
             done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
             assert done.returncode == 0, done.stdout + done.stderr
+            left.write_text("\n".join(processes_that_name(root)))  # now: soon other tests serve these files
             output.write_text(done.stdout)
-    return Demo(root, output.read_text())
+    return Demo(root, output.read_text(), left.read_text())
 
 
 @pytest.fixture

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from places import BIN, ROOT
+from processes import processes_that_name
 
 from trainer_tools import criteo, synthetic
 from trainer_tools import demo as whole_path
@@ -45,7 +46,7 @@ def test_the_demo_prints_what_it_must(demo):
 
 
 def test_no_process_of_the_demo_is_left(demo):
-    assert not processes_under(demo.root)
+    assert demo.processes_left == ""
 
 
 @pytest.mark.parametrize(
@@ -107,17 +108,6 @@ def test_a_given_gzip_with_a_header_goes_the_whole_way(tmp_path):
     assert "320 lines to train on, 80 to test on" in done.stdout
 
 
-def processes_under(root):
-    """Command lines of running processes that name a directory."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        with contextlib.suppress(OSError):
-            line = path.read_bytes().replace(b"\0", b" ").decode()
-            if str(root) in line:
-                found.append(line)
-    return found
-
-
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_demo_leaves_no_process_behind(tmp_path, number):
     command = [sys.executable, "-m", "trainer_tools.demo", "--lines", "3000", "--root", str(tmp_path)]
@@ -127,7 +117,7 @@ def test_an_interrupted_demo_leaves_no_process_behind(tmp_path, number):
                 break
         os.kill(process.pid, number)
         assert process.wait(timeout=20) in (130, 143)
-        assert not processes_under(tmp_path)
+        assert not processes_that_name(tmp_path)
 
 
 @pytest.fixture

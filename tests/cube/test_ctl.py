@@ -2,15 +2,14 @@
 
 import contextlib
 import json
-import os
 import re
 import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 import pytest
+from processes import processes_that_name
 from stores import built
 
 from cube.keys import ShardRule
@@ -157,17 +156,9 @@ def test_drain_ends_servers_and_asks_before_it_ends_all(ctl, own, command):
     assert ctl(cube, "drain", "--all")[0] == 1  # one is gone already
     assert [row["state"] for row in ctl(cube, "status")[1]] == ["down"] * 3
     end = time.monotonic() + 10
-    while any(str(data).encode() in path.read_bytes() for path in commands()) and time.monotonic() < end:
+    while (left := processes_that_name(data)) and time.monotonic() < end:
         time.sleep(0.05)
-
-
-def commands():
-    """What the processes of this machine were called with, of those that are still there."""
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        if path.parent.name != str(os.getpid()):
-            with contextlib.suppress(OSError):
-                path.read_bytes()
-                yield path
+    assert not left
 
 
 @pytest.mark.parametrize("options", [(), ("--rate", 50)], ids=["closed loop", "open loop"])

@@ -494,6 +494,7 @@ def test_numbers_below_one_are_refused(numbers):
         OwnProcesses("odd_ops:Odd", {}, *numbers)
 
 
+@pytest.mark.alone  # other tests' memory has names in /dev/shm, too
 def test_the_end_closes_ops_fails_what_runs_and_leaves_nothing(loop, tmp_path):
     left = tmp_path / "left"
     before = children(), sorted(os.listdir(SHARED)), set(os.listdir("/proc/self/fd"))
