@@ -190,7 +190,7 @@ class Batcher(Generic[R]):
         self._count(rows)
         run = self._start(values, rows, work, deadline)
         if hasattr(run, "__await__"):
-            return self._alone_later(cast(Awaitable[R], run), rows, then)
+            return self._alone_later(cast("Awaitable[R]", run), rows, then)
         return then([Share(run, 0, rows)])
 
     async def _alone_later(self, run: Awaitable[R], rows: int, then: Callable[[list[Share[R]]], T]) -> T:
@@ -331,7 +331,7 @@ class Batcher(Generic[R]):
             _hand_out(batch, run, began)
             return
         self.counters.in_flight += 1
-        task = asyncio.get_running_loop().create_task(self._carried(batch, cast(Awaitable[R], run), began))
+        task = asyncio.get_running_loop().create_task(self._carried(batch, cast("Awaitable[R]", run), began))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 

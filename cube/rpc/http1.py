@@ -29,6 +29,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Coroutine, Mapping
 from email.utils import formatdate
+from functools import partial
 from http import HTTPStatus
 from typing import Any
 
@@ -42,6 +43,7 @@ from cube.rpc.router import (
     Headers,
     HttpError,
     Inflater,
+    Made,
     Request,
     Response,
     Route,
@@ -459,7 +461,7 @@ class Http1:
         self._inflater: Inflater | None = None
         self._body: _Pieces | None = None  # of a handler that gets it whole
         self._stream: _Stream | None = None
-        self._task: asyncio.Task[Any] | None = None  # owes the answer, or is sending it
+        self._task: asyncio.Future[Any] | None = None  # owes the answer, or is sending it
         self._kept = 0  # bytes of its body that are here
         self._keep = False  # there may be another request after it
         # Output.
@@ -748,21 +750,40 @@ class Http1:
 
     def _call(self, head: _Head, body: bytes | _Stream | None) -> None:
         request = Request(head.method, head.path, head.query, head.headers, body, self._peer, head.args)
-        answer = head.route.answer(request)
+        answer = head.route.begin(request)
         if isinstance(answer, Response):
             self._respond(head, answer)
             return
-        self._start(head, answer)
-        assert self._task is not None
-        self._task.add_done_callback(self._on_response)
+        if isinstance(answer, asyncio.Future):
+            self._owe(head, answer)
+            answer.add_done_callback(partial(self._on_kept, request))
+        else:
+            self._start(head, answer).add_done_callback(self._on_response)
         if isinstance(body, bytes):
             self._kept = len(body)
 
-    def _start(self, head: _Head, work: Coroutine[Any, Any, Any]) -> None:
+    def _start(self, head: _Head, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
+        task = asyncio.get_running_loop().create_task(work)
+        self._owe(head, task)
+        return task
+
+    def _owe(self, head: _Head, answer: "asyncio.Future[Any]") -> None:
         self._head = head
         if self._state == HEAD:
             self._state = WAIT
-        self._task = asyncio.get_running_loop().create_task(work)
+        self._task = answer
+
+    def _on_kept(self, request: Request, promise: "asyncio.Future[Made]") -> None:
+        head = self._head
+        if promise is not self._task or head is None:
+            return  # the connection was lost meanwhile
+        self._task = None
+        answer = head.route.kept(promise, request)
+        if isinstance(answer, Response):
+            self._respond(head, answer)
+            self._continue()
+        else:
+            self._start(head, answer).add_done_callback(self._on_response)
 
     def _on_response(self, task: asyncio.Task[Response]) -> None:
         head = self._head

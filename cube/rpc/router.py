@@ -2,7 +2,9 @@
 
 A transport asks `Router.match` for the route as soon as it knows method and path, because the route says how much body
 there may be and whether the handler reads it as it arrives (`Route.stream`). Then `Route.answer(request)` gives a
-Response, or a coroutine of one; neither ever raises (a coroutine can be cancelled). What a transport still does:
+Response, or a coroutine of one; neither ever raises (a coroutine can be cancelled). A transport that would rather not
+make a task for what is promised anyway asks `Route.begin` and, when the promise is kept, `Route.kept`. What a transport
+still does:
 
 * a response to HEAD is the one to GET: send its head, not its body
 * a body that is an asynchronous iterator is sent piece by piece, and closed (`aclose`) if the peer goes away
@@ -17,7 +19,7 @@ import re
 import zlib
 from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 from urllib.parse import unquote
 
 from cube.errors import ServingError, Wire
@@ -122,8 +124,10 @@ class Response:
         self.compress = compress
 
 
-# A plain function runs on the event loop, with no task: it must be short.
-Handler: TypeAlias = Callable[[Request], Response | Awaitable[Response]]
+# A response, or a function that makes one and takes long: it is called in a thread.
+Made: TypeAlias = Response | Callable[[], Response]
+# A plain function runs on the event loop, with no task: it must be short. So does one that returns an asyncio.Future.
+Handler: TypeAlias = Callable[[Request], Made | Awaitable[Made]]
 
 
 def buffers(body: Reply) -> list[Buffer]:
@@ -167,6 +171,11 @@ class Route:
 
     def answer(self, request: Request) -> Response | Coroutine[Any, Any, Response]:
         """Call the handler. Errors are responses too."""
+        made = self.begin(request)
+        return self._later(request, made) if isinstance(made, asyncio.Future) else made
+
+    def begin(self, request: Request) -> "Response | asyncio.Future[Made] | Coroutine[Any, Any, Response]":
+        """As `answer`, but a future that the handler returns comes as it is: `kept` is for what becomes of it."""
         # A coroutine function is called in the coroutine: one that is cancelled before it starts leaves nothing behind.
         if self._is_coroutine_function:
             return self._later(request)
@@ -176,11 +185,25 @@ class Route:
                 return _compressed(response, request) if response.compress else response
         except Exception as error:
             return refusal(error, request.method, request.path)
-        return self._later(request, response)
+        return response if isinstance(response, asyncio.Future) else self._later(request, response)
 
-    async def _later(self, request: Request, pending: Awaitable[Response] | None = None) -> Response:
+    def kept(self, promise: "asyncio.Future[Made]", request: Request) -> Response | Coroutine[Any, Any, Response]:
+        """The response to a request whose future is done."""
+        if promise.cancelled():
+            return self._cancelled_from_within(request, asyncio.CancelledError())
+        if (error := promise.exception()) is not None:
+            return refusal(cast(Exception, error), request.method, request.path)
+        response = promise.result()
+        if not isinstance(response, Response):
+            return self._later(request, response)
+        return _compressed(response, request) if response.compress else response
+
+    async def _later(self, request: Request, pending: Awaitable[Made] | Made | None = None) -> Response:
         try:
-            response = await (self.handler(request) if pending is None else pending)  # type: ignore[misc]
+            made: Any = self.handler(request) if pending is None else pending
+            response = await made if inspect.isawaitable(made) else made
+            if not isinstance(response, Response) and callable(response):
+                response = await asyncio.to_thread(response)
             if not isinstance(response, Response):
                 raise TypeError(f"{self.handler}: found {type(response)}, expected a Response")
             return _compressed(response, request) if response.compress else response
@@ -188,14 +211,19 @@ class Route:
             task = asyncio.current_task()
             if task is None or task.cancelling():
                 raise
-            # Something that the handler waited for was cancelled; the caller, who was not, still gets an answer.
-            return refusal(RuntimeError(f"cancelled from within: {error!r}"), request.method, request.path)
+            return self._cancelled_from_within(request, error)
         except Exception as error:
             return refusal(error, request.method, request.path)
+
+    def _cancelled_from_within(self, request: Request, error: asyncio.CancelledError) -> Response:
+        """Something that the handler waited for was cancelled; the caller, who was not, still gets an answer."""
+        return refusal(RuntimeError(f"cancelled from within: {error!r}"), request.method, request.path)
 
 
 def _compressed(response: Response, request: Request) -> Response:
     """The response in gzip if the client reads that and there is something to gain."""
+    if type(response.body) is bytes and len(response.body) < _WORTH_COMPRESSING:
+        return response
     headers = [*response.headers, ("vary", "accept-encoding")]
     body: Any = response.body
     encoded = any(name.lower() == "content-encoding" for name, _ in response.headers)

@@ -1,5 +1,6 @@
 """Tensors as JSON: a flat or nested list as the Open Inference Protocol has it, or an object for each sample."""
 
+import struct
 from collections.abc import Mapping, Sequence
 from functools import cache
 from itertools import chain, pairwise
@@ -20,6 +21,12 @@ from predictor.tensors import DTYPES, MAX_DIMENSIONS, Texts, Value, count_of, sh
 _AT_ONCE = 16_384  # elements that are written in one go: about 2 ms
 _LONG_BYTES = 1_000  # from where on calling a kernel pays
 _KINDS = {"b": bool, "i": int, "u": int, "f": float}
+_CODES = {  # of struct, which refuses what does not fit
+    "BOOL": "?",
+    "UINT8": "B", "UINT16": "H", "UINT32": "I", "UINT64": "Q",
+    "INT8": "b", "INT16": "h", "INT32": "i", "INT64": "q",
+    "FP16": "e", "FP32": "f", "FP64": "d",
+}  # fmt: skip
 _WORDS = {bool: "true and false", int: "integers", float: "numbers", str: "strings"}
 
 
@@ -39,7 +46,9 @@ def value_of(datatype: str, shape: Sequence[int], data: Buffer, place: str) -> V
         nested = _decoder(depth, kind).decode(data)
     except msgspec.MsgspecError as error:
         raise BadRequest(place, error, f"{_WORDS[kind]}, as {datatype} has") from error
-    value = _array(nested, datatype, place)
+    value = _few(nested, datatype) if depth == 1 and len(data) < _LONG_BYTES else None
+    if value is None:
+        value = _array(nested, datatype, place)
     size = value.starts.size if isinstance(value, Texts) else value.size
     if size != count or (depth > 1 and tuple(shape) != value.shape):
         raise BadRequest(f"{place} data", f"{size} elements of shape {shape_text(value.shape)}", shape_text(shape))
@@ -120,6 +129,17 @@ def _typed(nested: Any, datatype: str, place: str) -> Value:
         return _array(msgspec.convert(nested, _lists(depth, kind)), datatype, place)
     except msgspec.ValidationError as error:
         raise BadRequest(place, error, f"{_WORDS[kind]}, as {datatype} has") from error
+
+
+def _few(flat: list[Any], datatype: str) -> Value | None:
+    """Some numbers as an array [n], read-only: in a third of the time that numpy takes. None: `_array` has a look."""
+    code = _CODES.get(datatype)
+    if code is None:
+        return None
+    try:
+        return np.frombuffer(struct.pack(f"<{len(flat)}{code}", *flat), DTYPES[datatype])
+    except (struct.error, OverflowError):
+        return None
 
 
 def _array(nested: Any, datatype: str, place: str) -> Value:

@@ -20,53 +20,32 @@ import math
 import time
 from collections.abc import Awaitable, Callable
 from functools import partial
+from inspect import isawaitable
 from typing import Any
 
 import msgspec
 
-from cube.errors import BadRequest, DeadlineExceeded, Unimplemented
-from cube.rpc.calls import Buffer, Call, Field
-from cube.rpc.router import HttpError, Request, Response, Router
+from cube.errors import BadRequest, DeadlineExceeded
+from cube.rpc.calls import Call, Field
+from cube.rpc.router import Made, Request, Response, Router
 from predictor.doors import json_numbers
 from predictor.doors.at_once import AtOnce
-from predictor.doors.json_tensors import elements, first_of, numbers, of_instances, rows_of, value_of
+from predictor.doors.json_tensors import first_of, numbers, of_instances, rows_of
+from predictor.doors.rest_messages import MAX_JSON_BYTES, Requests, decoded, response_of
 from predictor.ops.op import Ragged
 from predictor.service import Answer, InferenceService, Service
-from predictor.tensors import Value, datatype_of, decode, encode
+from predictor.tensors import datatype_of
 from trainer_tools.manifest import Tensor
 
-JSON_LENGTH = "inference-header-content-length"
-MAX_JSON_BYTES = 16 << 20  # Python holds its lock while it reads JSON, about 0.1 s for so much, and everybody waits
 MOST_DEBUGGED = 1_000  # elements of a value that /debug shows
 _NUMBERS_ON_LOOP = 16_384  # that are written as JSON without a thread: about 2 ms
 _EXTENSIONS = ["binary_tensor_data"]
-
-
-class _Input(msgspec.Struct):
-    name: str
-    shape: list[int]
-    datatype: str
-    data: msgspec.Raw = msgspec.Raw()
-    parameters: dict[str, Any] = {}
-
-
-class _Output(msgspec.Struct):
-    name: str
-    parameters: dict[str, Any] = {}
-
-
-class _Infer(msgspec.Struct):
-    inputs: list[_Input]
-    outputs: list[_Output] = []
-    id: str = ""
-    parameters: dict[str, Any] = {}
 
 
 class _Instances(msgspec.Struct, forbid_unknown_fields=True):
     instances: list[dict[str, Any]]
 
 
-_infer_decoder = msgspec.json.Decoder(_Infer)
 _instances_decoder = msgspec.json.Decoder(_Instances)
 
 
@@ -75,6 +54,7 @@ class RestDoor:
 
     def __init__(self, service: InferenceService):
         self._service, self._debugged = service, AtOnce("/NAME/debug: answers", 4)
+        self._requests = Requests()
         json_numbers.warm()
         version = importlib.metadata.version("cube-serving")
         self._about = Response(
@@ -115,19 +95,18 @@ class RestDoor:
 
     # ---- the protocol ----
 
-    def _infer(self, request: Request) -> Response | Awaitable[Response]:
+    def _infer(self, request: Request) -> Made | Awaitable[Made]:
         service = self._asked(request)
         with service.counts.reading:
-            asked, raw = _parts(request)
-            _refuse_what_is_not_here(asked)
-            inputs, priority = _inputs(asked, raw), _priority(asked)
-        wanted = [output.name for output in asked.outputs]
-        call = _call(request, asked.parameters.get("timeout"))
-        return _within(call, service.infer(inputs, wanted, call, priority, then=_unless_long(partial(_reply, asked))))
+            asked, raw = self._requests.read(request)
+            inputs = asked.values(raw)
+        call = _call(request, asked.timeout_us)
+        write = _unless_long(partial(response_of, asked))
+        return _within(call, service.infer(inputs, asked.wanted, call, asked.priority, then=write))
 
     # ---- the ancestor's ----
 
-    def _inference(self, request: Request) -> Response | Awaitable[Response]:
+    def _inference(self, request: Request) -> Made | Awaitable[Made]:
         service = self._asked(request)
         with service.counts.reading:
             inputs = _of_instances(service, request)
@@ -176,135 +155,37 @@ def _positive(place: str, given: Any, unit: str) -> int:
     return given
 
 
-_Made = Response | Callable[[], Response]  # a response, or how to write one that takes long
-
-
-def _unless_long(write: Callable[[Answer], Response]) -> Callable[[Answer], _Made]:
-    """Write a response at once; if that takes long, not yet."""
-    return lambda answer: partial(write, answer) if _is_long(answer) else write(answer)
-
-
-def _within(call: Call, made: _Made | Awaitable[_Made]) -> Response | Awaitable[Response]:
-    if isinstance(made, Response):
-        return made
-    return asyncio.to_thread(made) if callable(made) else _later(call, made)
-
-
-async def _later(call: Call, made: Awaitable[_Made]) -> Response:
-    """Nobody is kept waiting after the deadline: there is nobody else who would end it here."""
-    if call.deadline is None:
-        there = await made
-    else:
-        try:
-            async with asyncio.timeout(max(call.deadline - time.monotonic(), 0)):
-                there = await made
-        except TimeoutError as error:
-            raise DeadlineExceeded(f"{call.path}: no answer in time") from error
-    # In a thread, in pieces, so that the loop may have the interpreter in between.
-    return there if isinstance(there, Response) else await asyncio.to_thread(there)
-
-
-# ---- what was asked ----
-
-
-def _parts(request: Request) -> tuple[_Infer, memoryview]:
-    """The JSON of a request, and the tensors behind it."""
-    body = memoryview(request.body or b"")
-    said = request.headers.get(JSON_LENGTH)
-    size = len(body)
-    if said is not None:
-        if not (said.isascii() and said.isdigit() and len(said) < 16 and int(said) <= len(body)):
-            raise BadRequest(JSON_LENGTH, repr(said), f"at most the {len(body)} bytes of the body")
-        size = int(said)
-    if size > MAX_JSON_BYTES:
-        expected = f"at most {MAX_JSON_BYTES}: raw tensors may be larger"
-        raise HttpError(413, f"body: found {size} bytes of JSON, expected {expected}")
-    return _decoded(_infer_decoder, body[:size]), body[size:]
-
-
-def _decoded(decoder: "msgspec.json.Decoder[Any]", body: Buffer) -> Any:
-    try:
-        return decoder.decode(body)
-    except msgspec.MsgspecError as error:
-        raise BadRequest("body", error, "JSON as the protocol describes it") from error
-    except UnicodeDecodeError as error:
-        raise BadRequest("body", error, "UTF-8") from error
-    except RecursionError as error:
-        raise BadRequest("body", "brackets within brackets within brackets", "JSON") from error
-
-
-def _inputs(asked: _Infer, raw: memoryview) -> dict[str, Value]:
-    values: dict[str, Value] = {}
-    for tensor in asked.inputs:
-        place = f"input {tensor.name!r}"
-        if tensor.name in values:
-            raise BadRequest(place, "the name twice", "once")
-        size = tensor.parameters.get("binary_data_size")
-        if size is None:
-            values[tensor.name] = value_of(tensor.datatype, tensor.shape, memoryview(tensor.data), place)
-            continue
-        if type(size) is not int or not 0 <= size <= len(raw) or tensor.data:
-            found = "data as well" if tensor.data else f"binary_data_size {size!r}"
-            raise BadRequest(place, found, f"either, and at most the {len(raw)} bytes that are left of the body")
-        values[tensor.name] = decode(tensor.datatype, tensor.shape, bytes(raw[:size]), place)
-        raw = raw[size:]
-    if raw:
-        raise BadRequest("body", f"{len(raw)} bytes after the last tensor", "none")
-    return values
-
-
-def _priority(asked: _Infer) -> int:
-    given = asked.parameters.get("priority", 0)
-    if type(given) is not int:
-        raise BadRequest("parameter 'priority'", repr(given), "a number: 1 leaves first, 0 last")
-    return given
-
-
-def _refuse_what_is_not_here(asked: _Infer) -> None:
-    """Raise Unimplemented for parameters that would change the answer: shared memory, classification, sequences."""
-    names = [name for tensor in asked.inputs for name in tensor.parameters if name != "binary_data_size"]
-    names += [name for output in asked.outputs for name in output.parameters if name != "binary_data"]
-    names += [name for name in asked.parameters if name.startswith("sequence_")]
-    if names:
-        raise Unimplemented(f"parameter {min(names)[:100]!r} is not implemented")
-
-
-def _of_instances(service: Service, request: Request) -> dict[str, Any]:
-    asked: _Instances = _decoded(_instances_decoder, request.body or b"")
-    return of_instances(service.form, asked.instances)
-
-
-# ---- what is answered ----
-
-
 def _is_long(answer: Answer) -> bool:
     return sum(numbers(value) for value in answer.tensors().values()) > _NUMBERS_ON_LOOP
 
 
-def _reply(asked: _Infer, answer: Answer) -> Response:
-    service = answer.service
-    head: dict[str, Any] = {"model_name": service.name, "model_version": service.version}
-    if asked.id:
-        head["id"] = asked.id
-    if answer.facts:
-        head["parameters"] = answer.facts
-    all_raw = asked.parameters.get("binary_data_output") is True
-    raw_ones = {output.name: output.parameters.get("binary_data", all_raw) is True for output in asked.outputs}
-    pieces: list[Buffer] = [msgspec.json.encode(head)[:-1], b',"outputs":[']
-    raw: list[Buffer] = []
-    for at, (name, value) in enumerate(answer.tensors().items()):
-        about: dict[str, Any] = {"name": name, "datatype": datatype_of(value), "shape": value.shape}
-        if raw_ones.get(name, all_raw):
-            raw.append(encode(value))
-            about["parameters"] = {"binary_data_size": len(raw[-1])}
-            pieces += [b"," if at else b"", msgspec.json.encode(about)]
-        else:
-            pieces += [b"," if at else b"", msgspec.json.encode(about)[:-1], b',"data":', *elements(value, name), b"}"]
-    pieces.append(b"]}")
-    if not raw:
-        return Response(body=b"".join(pieces), compress=True)
-    length = sum(map(len, pieces))
-    return Response(body=[*pieces, *raw], content_type="application/octet-stream", headers=[(JSON_LENGTH, str(length))])
+def _unless_long(write: Callable[[Answer], Response]) -> Callable[[Answer], Made]:
+    """Write a response at once; if that takes long, in a thread: in pieces, so that the loop may have the interpreter
+    in between."""
+    return lambda answer: partial(write, answer) if _is_long(answer) else write(answer)
+
+
+def _within(call: Call, made: Made | Awaitable[Made]) -> Made | Awaitable[Made]:
+    """Nobody is kept waiting after the deadline: there is nobody else who would end it here."""
+    if call.deadline is None or not isawaitable(made):
+        return made
+    return _in_time(call.path, call.deadline, made)
+
+
+async def _in_time(path: str, deadline: float, made: Awaitable[Made]) -> Made:
+    try:
+        async with asyncio.timeout(max(deadline - time.monotonic(), 0)):
+            return await made
+    except TimeoutError as error:
+        raise DeadlineExceeded(f"{path}: no answer in time") from error
+
+
+# ---- the ancestor's bodies ----
+
+
+def _of_instances(service: Service, request: Request) -> dict[str, Any]:
+    asked: _Instances = decoded(_instances_decoder, request.body or b"")
+    return of_instances(service.form, asked.instances)
 
 
 def _predictions(answer: Answer) -> Response:

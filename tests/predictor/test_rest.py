@@ -7,7 +7,7 @@ import httpx
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from small_services import Later, chain, service_of
 from torch.export import Dim
@@ -17,6 +17,7 @@ from cube.rpc.router import Request, Router
 from predictor.client import Client
 from predictor.doors.json_tensors import elements, of_instances, rows_of, value_of
 from predictor.doors.rest import RestDoor
+from predictor.doors.rest_messages import JSON_LENGTH, Requests
 from predictor.ops.op import Port, Ragged
 from predictor.requests import Form
 from predictor.service import InferenceService
@@ -151,6 +152,44 @@ def test_raw_tensors_in_and_out(http, asked_of):
         assert np.array_equal(np.frombuffer(raw[40:], np.int64), want["best"])
     else:
         assert answer["outputs"][1]["data"] == want["best"].tolist()
+
+
+def test_the_same_words_with_other_tensors_are_another_request(http):
+    said = {
+        "inputs": [
+            {"name": "x", "shape": [2, 4], "datatype": "FP32", "parameters": {"binary_data_size": 32}},
+        ],
+        "parameters": {"binary_data_output": True},
+    }
+    text = json.dumps(said).encode()
+    headers = {"inference-header-content-length": str(len(text))}
+
+    def post(raw):
+        return http.post("/v2/models/Score/infer", content=text + raw, headers=headers)
+
+    for at in range(3):
+        answer = post(X[at : at + 2].tobytes())
+        size = int(answer.headers["inference-header-content-length"])
+        outputs = json.loads(answer.content[:size])["outputs"]
+        assert outputs[0] == {"name": "y", "datatype": "FP32", "shape": [2, 2], "parameters": {"binary_data_size": 16}}
+        found = np.frombuffer(answer.content[size : size + 16], np.float32).reshape(2, 2)
+        assert np.allclose(found, direct(X[at : at + 2])["y"], atol=1e-6)
+        for raw, message in ((X[0].tobytes(), "at most the 16 bytes that are left"), (X.tobytes(), "48 bytes after")):
+            refused = post(raw)
+            assert refused.status_code == 400
+            assert message in refused.json()["error"]
+
+
+def test_words_are_remembered_without_growing_without_bound():
+    requests = Requests()
+    for number in range(3_000):
+        text = json.dumps({"inputs": [], "id": str(number)}).encode()
+        asked, raw = requests.read(Request("POST", "/", headers={JSON_LENGTH: str(len(text))}, body=text + b"raw"))
+        assert (asked.id, bytes(raw)) == (str(number), b"raw")
+        assert len(requests._heads) <= 1_024
+    long = json.dumps({"inputs": [], "id": "x" * 3_000}).encode()
+    requests.read(Request("POST", "/", headers={JSON_LENGTH: str(len(long))}, body=long))
+    assert long not in requests._heads
 
 
 def test_texts_and_gzip(http):
@@ -297,6 +336,23 @@ def test_a_tensor_comes_back_from_its_json(data, datatype, shape):
     nested = rows_of(value, 1, "x")
     if count:
         assert encode(value_of(datatype, shape, json.dumps(nested).encode(), "x")) == encode(value)
+
+
+@given(st.sampled_from(["FP16", "FP32", "FP64"]), st.floats(allow_nan=False, allow_infinity=False))
+@example("FP16", 65519.99)  # the largest that is rounded down
+@example("FP16", 65520.0)
+@example("FP32", 3.4028235677973366e38)
+@example("FP32", 3.4028235677973362e38)
+@example("FP32", 1e-46)
+def test_a_number_is_rounded_as_numpy_rounds_it_and_refused_where_it_is_too_large(datatype, number):
+    with np.errstate(over="ignore"):
+        expected = np.array([number]).astype(DTYPES[datatype])
+    flat = json.dumps([number]).encode()
+    if np.isfinite(expected).all():
+        assert encode(value_of(datatype, [1], flat, "x")) == expected.tobytes()
+    else:
+        with pytest.raises(BadRequest, match=f"numbers that fit {datatype}"):
+            value_of(datatype, [1], flat, "x")
 
 
 @pytest.mark.parametrize(

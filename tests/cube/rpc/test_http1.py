@@ -48,6 +48,12 @@ async def slow_echo(request):
     return echo(request)
 
 
+def promised_echo(request):
+    promise = asyncio.get_running_loop().create_future()
+    asyncio.get_running_loop().call_soon(promise.set_result, echo(request))
+    return promise
+
+
 def facts(request):
     told = [request.method, request.path, request.query, dict(request.headers), dict(request.args), request.peer]
     return Response(200, json.dumps([*told, None if request.body is None else len(request.body)]).encode())
@@ -87,6 +93,7 @@ def server():
     for path, handler in {
         "/echo": echo,
         "/slow": slow_echo,
+        "/promised": promised_echo,
         "/facts": facts,
         "/fail": fail,
         "/refuse": lambda request: (_ for _ in ()).throw(NotServed("it", [])),
@@ -476,10 +483,10 @@ def test_one_empty_line_before_a_request_is_overlooked():
 def test_pipelined_requests_are_answered_in_order_though_the_first_is_slow():
     async def talk():
         with Peer() as peer:
-            paths = ["/slow", "/echo", "/slow", "/slow", "/echo", "/echo"]
+            paths = ["/slow", "/echo", "/promised", "/slow", "/slow", "/promised", "/echo", "/echo", "/promised"]
             peer.send(b"".join(request("POST", path, b"%d" % n) for n, path in enumerate(paths)))
             assert peer.said() == []
-            assert [r.body for r in await peer.answered(6)] == [b"0", b"1", b"2", b"3", b"4", b"5"]
+            assert [r.body for r in await peer.answered(9)] == [b"%d" % n for n in range(9)]
             assert peer.talk.idle
 
     run(talk())
@@ -1241,6 +1248,46 @@ def test_a_handler_that_takes_no_notice_of_being_cancelled_hurts_nobody():
             assert (peer.got, peer.budget.used) == (b"", 0)
         await asyncio.sleep(0)
         assert len(asyncio.all_tasks()) <= 2
+
+    run(talk())
+
+
+def test_a_promise_is_answered_when_it_is_kept_and_dropped_where_nobody_waits():
+    def made(keep):
+        def handler(request):
+            promises.append(asyncio.get_running_loop().create_future())
+            asyncio.get_running_loop().call_soon(keep, promises[-1])
+            return promises[-1]
+
+        return handler
+
+    promises = []
+    kept = {
+        "/takes_long": (lambda p: p.set_result(lambda: echo(Request("GET", "/", body=b"late"))), 200, b"late"),
+        "/takes_long_and_fails": (lambda p: p.set_result(lambda: fail(None)), 500, b"log has it"),
+        "/refuses": (lambda p: p.set_exception(NotServed("it", [])), 404, b"not served here"),
+        "/fails": (lambda p: p.set_exception(ZeroDivisionError("secret")), 500, b"log has it"),
+        "/is_no_response": (lambda p: p.set_result("text"), 500, b"log has it"),
+        "/is_cancelled": (lambda p: p.cancel(), 500, b"log has it"),
+    }
+
+    async def talk():
+        router = Router()
+        router.add("GET", "/never", made(lambda promise: None))
+        for path, (keep, _, _) in kept.items():
+            router.add("GET", path, made(keep))
+        with Peer(router) as peer:
+            for path, (_, status, text) in kept.items():
+                before = len(peer.whole())
+                peer.send(request(path=path))
+                while len(peer.whole()) == before:
+                    await asyncio.sleep(0.001)
+                answer = peer.whole()[-1]
+                assert answer.status == status
+                assert text in answer.body
+            peer.send(request(path="/never"))
+            peer.talk.lost()
+            assert promises[-1].cancelled()
 
     run(talk())
 
