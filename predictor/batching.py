@@ -90,10 +90,13 @@ class Share(NamedTuple, Generic[R]):
     waited_s: float = 0.0  # from the request's arrival until the run began
 
 
-class _Waiting(Generic[R]):
-    """A request that has not begun, or a part of one."""
+class _Asked(Generic[R]):
+    """A request, or a part of one that is larger than a batch."""
 
-    __slots__ = ("answer", "arrived", "deadline", "is_suspect", "order", "rows", "then", "values", "work")
+    __slots__ = ("answer", "arrived", "deadline", "is_suspect", "order", "priority", "rows", "then", "values", "work")
+
+    answer: "asyncio.Future[Any]"  # of one in company
+    order: int  # those of a lower one leave the queue first
 
     def __init__(
         self,
@@ -101,15 +104,12 @@ class _Waiting(Generic[R]):
         rows: int,
         work: int,
         deadline: float | None,
-        order: int,
+        priority: int,
         then: Callable[[list[Share[R]]], Any],
     ):
-        """order: those of a lower one leave first."""
-        self.values, self.rows, self.work, self.deadline = values, rows, work, deadline
-        self.order, self.arrived = order, time.monotonic()
+        self.values, self.rows, self.work, self.deadline, self.priority = values, rows, work, deadline, priority
+        self.then, self.arrived = then, time.monotonic()
         self.is_suspect = False  # a batch with it has failed, so it runs alone
-        self.then = then
-        self.answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
 
 
 @dataclass
@@ -134,7 +134,7 @@ class Batcher(Generic[R]):
         """place: for messages. start: begins a run. ports: of the values; all go by rows unless `limits` says off."""
         self._place, self._start, self._ports, self.limits = place, start, ports, limits.checked(place)
         self.counters = Counters()
-        self._queue: list[_Waiting[R]] = []  # in the order they leave
+        self._queue: list[_Asked[R]] = []  # in the order they leave
         self._number = 0
         self._swept_at = 0.0  # time.monotonic() when the queue was looked through last
         self._is_alone = True  # requests come one at a time
@@ -161,70 +161,59 @@ class Batcher(Generic[R]):
         if not 0 <= priority <= MOST_PRIORITY:
             raise BadRequest(f"{self._place} priority", priority, f"0 to {MOST_PRIORITY}")
         self.counters.requests += 1
+        one: _Asked[R] = _Asked(values, rows, work, deadline, priority, then)
         limits = self.limits
         if limits.is_on and rows > limits.max_rows:
-            return self._in_parts(values, rows, work, deadline, priority, then)
+            return self._in_parts(one)
         waits = limits.is_on and (limits.max_delay_s or limits.allowed_rows)
         if (self._is_alone or not limits.is_on) and not waits and not self._queue:
             if not self._ran_this_turn and self.counters.in_flight < limits.max_in_flight:
                 self._ran_this_turn = True
                 asyncio.get_running_loop().call_soon(self._turn_over)
-                return self._alone(values, rows, work, deadline, then)
+                return self._alone(one)  # type: ignore[no-any-return]  # what its `then` makes
             self._is_alone, self._singles = False, 0
         self._admit(rows)
-        return self._queued(values, rows, work, deadline, priority, then).answer
+        return self._queued(one)
 
     # ---- without company ----
 
     def _turn_over(self) -> None:
         self._ran_this_turn = False
 
-    def _alone(
-        self,
-        values: Mapping[str, Any],
-        rows: int,
-        work: int,
-        deadline: float | None,
-        then: Callable[[list[Share[R]]], T],
-    ) -> T | Awaitable[T]:
-        self._count(rows)
-        run = self._start(values, rows, work, deadline)
+    def _alone(self, one: _Asked[R]) -> Any:
+        self._count(one.rows)
+        run = self._start(one.values, one.rows, one.work, one.deadline)
         if hasattr(run, "__await__"):
-            return self._alone_later(cast("Awaitable[R]", run), rows, then)
-        return then([Share(run, 0, rows)])
+            return self._alone_later(one, cast("Awaitable[R]", run))
+        return one.then([Share(run, 0, one.rows)])
 
-    async def _alone_later(self, run: Awaitable[R], rows: int, then: Callable[[list[Share[R]]], T]) -> T:
+    async def _alone_later(self, one: _Asked[R], run: Awaitable[R]) -> Any:
         self.counters.in_flight += 1
         try:
-            return then([Share(await run, 0, rows)])
+            return one.then([Share(await run, 0, one.rows)])
         finally:
             self._landed()
 
     # ---- with company ----
 
-    async def _in_parts(
-        self,
-        values: Mapping[str, Any],
-        rows: int,
-        work: int,
-        deadline: float | None,
-        priority: int,
-        then: Callable[[list[Share[R]]], T],
-    ) -> T:
+    async def _in_parts(self, whole: _Asked[R]) -> Any:
         """A request that is larger than a batch."""
         most = self.limits.max_rows
-        waiting: list[_Waiting[R]] = []
+        answers: list[asyncio.Future[Any]] = []
         self._admit(1)  # whole or not at all: its own size is bounded by who has read it
-        for start in range(0, rows, most):
-            stop = min(start + most, rows)
-            part = {name: slice_rows(value, self._ports[name], start, stop) for name, value in values.items()}
-            waiting.append(self._queued(part, stop - start, work * (stop - start) // rows, deadline, priority, _only))
+        for start in range(0, whole.rows, most):
+            rows = min(most, whole.rows - start)
+            values = {
+                name: slice_rows(value, self._ports[name], start, start + rows) for name, value in whole.values.items()
+            }
+            work = whole.work * rows // whole.rows
+            answers.append(self._queued(_Asked(values, rows, work, whole.deadline, whole.priority, _only)))
         try:
-            return then([await one.answer for one in waiting])
+            return whole.then([await answer for answer in answers])
         finally:
-            for one in waiting:
-                if not one.answer.cancel() and not one.answer.cancelled():
-                    one.answer.exception()  # of no interest where another part's was raised
+            for answer in answers:
+                if not answer.cancel() and not answer.cancelled():
+                    answer.exception()  # of no interest where another part's was raised
 
     def _admit(self, rows: int) -> None:
         most, now = self.limits.max_waiting_rows, time.monotonic()
@@ -235,22 +224,14 @@ class Batcher(Generic[R]):
             self.counters.refused += 1
             raise Overloaded(f"{self._place}: {self.counters.waiting_rows} rows are waiting, at most {most} may")
 
-    def _queued(
-        self,
-        values: Mapping[str, Any],
-        rows: int,
-        work: int,
-        deadline: float | None,
-        priority: int,
-        then: Callable[[list[Share[R]]], Any],
-    ) -> _Waiting[R]:
+    def _queued(self, one: _Asked[R]) -> "asyncio.Future[Any]":
         self._number += 1
-        order = self._number + _YIELDS * (priority or MOST_PRIORITY)
-        one: _Waiting[R] = _Waiting(values, rows, work, deadline, order, then)
+        one.order = self._number + _YIELDS * (one.priority or MOST_PRIORITY)
+        one.answer = asyncio.get_running_loop().create_future()
         self._enqueue(one)
-        return one
+        return one.answer
 
-    def _enqueue(self, one: _Waiting[R]) -> None:
+    def _enqueue(self, one: _Asked[R]) -> None:
         queue = self._queue
         if not queue or queue[-1].order < one.order:
             queue.append(one)  # what nearly every request does
@@ -286,13 +267,13 @@ class Batcher(Generic[R]):
             self._is_alone = self._singles >= _ALONE_AFTER
             self._begin(leaving)
 
-    def _first(self) -> list[_Waiting[R]]:
+    def _first(self) -> list[_Asked[R]]:
         """Those at the head of the queue of whom the next batch is made; who is not wanted there any more is dropped.
 
         As many as fill it and one more, or a single one where that runs alone.
         """
         most = self.limits.max_rows if self.limits.is_on else 0
-        first: list[_Waiting[R]] = []
+        first: list[_Asked[R]] = []
         seen, rows, now = 0, 0, time.monotonic()
         for one in self._queue:
             if first and (rows > most or one.is_suspect or first[0].is_suspect):
@@ -305,7 +286,7 @@ class Batcher(Generic[R]):
             self._queue[:seen] = first
         return first
 
-    def _is_wanted(self, one: _Waiting[R], now: float) -> bool:
+    def _is_wanted(self, one: _Asked[R], now: float) -> bool:
         """Whether anybody waits for a request that waits here; if not, it counts as one that has left."""
         if not one.answer.done():  # else its caller has gone
             if one.deadline is None or one.deadline > now:
@@ -315,7 +296,7 @@ class Batcher(Generic[R]):
         self.counters.waiting_rows -= one.rows
         return False
 
-    def _begin(self, batch: list[_Waiting[R]]) -> None:
+    def _begin(self, batch: list[_Asked[R]]) -> None:
         rows = sum(one.rows for one in batch)
         self._count(rows)
         began = time.monotonic()
@@ -346,7 +327,7 @@ class Batcher(Generic[R]):
         for one in batch:
             one.answer.add_done_callback(gone)
 
-    async def _carried(self, batch: list[_Waiting[R]], run: Awaitable[R], began: float) -> None:
+    async def _carried(self, batch: list[_Asked[R]], run: Awaitable[R], began: float) -> None:
         try:
             _hand_out(batch, await run, began)
         except asyncio.CancelledError:
@@ -363,7 +344,7 @@ class Batcher(Generic[R]):
         if self._queue:
             self._dispatch_soon()
 
-    def _failed(self, batch: list[_Waiting[R]], error: Exception) -> None:
+    def _failed(self, batch: list[_Asked[R]], error: Exception) -> None:
         """Nobody's request fails for another's: each is run again alone, unless that could not help."""
         is_everybodys = isinstance(error, DeadlineExceeded | ShardUnavailable)
         is_everybodys |= isinstance(error, Overloaded) and not isinstance(error, OutOfMemory)
@@ -377,7 +358,7 @@ class Batcher(Generic[R]):
             one.is_suspect = True
             self._enqueue(one)
 
-    def _merged(self, batch: list[_Waiting[R]], rows: int) -> tuple[Mapping[str, Any], int]:
+    def _merged(self, batch: list[_Asked[R]], rows: int) -> tuple[Mapping[str, Any], int]:
         """One request's values for all of a batch, and how many rows they have, with those that fill it up."""
         size = next((size for size in self.limits.allowed_rows if size >= rows), rows)
         if size == rows and len(batch) == 1:
@@ -400,11 +381,11 @@ def _only(shares: list[Share[R]]) -> Share[R]:
     return shares[0]
 
 
-def _order(one: _Waiting[Any]) -> int:
+def _order(one: _Asked[Any]) -> int:
     return one.order
 
 
-def _hand_out(batch: Sequence[_Waiting[R]], run: R, began: float) -> None:
+def _hand_out(batch: Sequence[_Asked[R]], run: R, began: float) -> None:
     start = 0
     for one in batch:
         if not one.answer.done():
