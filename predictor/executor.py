@@ -19,6 +19,7 @@ import numpy as np
 from cube.errors import DeadlineExceeded, Internal, OutOfMemory, ServingError
 from predictor.ops.op import Batch, Outputs, names_of
 from predictor.rows import blank, copied, frozen, is_frozen, put_rows, take_rows
+from predictor.thread_clock import ThreadClock, own_clock
 from predictor.workflow import Kind, Plan, Step
 
 log = logging.getLogger(__name__)
@@ -194,16 +195,21 @@ class Executor:
             if time.monotonic() - began > SHORT_S:
                 times.look_again()
 
-    def _timed(self, run: Run, steps: Sequence[Step]) -> tuple[float, bool]:
-        """The same; CPU seconds it took, and whether it has waited.
+    def _timed(self, run: Run, steps: Sequence[Step], loop: ThreadClock | None = None) -> tuple[float, bool]:
+        """The same; CPU seconds it took, and whether it has waited. loop: the clock of the event loop's thread, where
+        this is another one.
 
-        Having lost the core to another process is not waiting. Waiting for the interpreter cannot be told from it: a
-        step that is caught for that is forgiven later.
+        Having lost the core to another process is not waiting. Waiting for the interpreter looks like it, so the time
+        in which the event loop, which then has the interpreter, was busy does not count; what is caught for another
+        thread's sake is forgiven later.
         """
-        began, slept, begin = time.monotonic(), _sleeps(), time.thread_time()
+        clock, slept = own_clock(), _sleeps()
+        began, begin, cpu_s = time.monotonic(), clock.busy_s() + (loop.busy_s() if loop else 0), clock.cpu_s()
         self._compute(run, steps)
-        seconds, wall_s = time.thread_time() - begin, time.monotonic() - began
-        return seconds, wall_s > 4 * seconds + SHORT_S and _sleeps() > slept
+        seconds = clock.cpu_s() - cpu_s
+        busy_s = clock.busy_s() + (loop.busy_s() if loop else 0) - begin
+        idle_s = time.monotonic() - began - busy_s
+        return seconds, idle_s > 3 * seconds + SHORT_S and _sleeps() > slept
 
     def _compute(self, run: Run, steps: Sequence[Step]) -> None:
         """Run steps that do not wait."""
@@ -216,7 +222,7 @@ class Executor:
     async def _in_thread(self, run: Run, steps: Sequence[Step], times: RunTimes) -> None:
         loop = asyncio.get_running_loop()
         run.in_threads |= {step.number for step in steps}
-        times.learn(run.work, *await loop.run_in_executor(self._threads, self._timed, run, steps))
+        times.learn(run.work, *await loop.run_in_executor(self._threads, self._timed, run, steps, own_clock()))
 
     def _one(self, run: Run, step: Step) -> Awaitable[None] | None:
         """Run a step that may wait."""
