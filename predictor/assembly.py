@@ -164,12 +164,13 @@ class Assembly:
         file = self._said.workflow_file
         resources = _Resources(self._shared, self._said.engines, self._models, file.parent)
         place = f"workflow {said.name!r}"
-        nodes = [made for node in said.nodes for made in self._nodes(node, f"{file} {place}", resources)]
-        declared = _declared(said, f"{file} {place}")
-        used = tuple(resources.used.values())
-        lookups = tuple({(k.keys, k.feed): k for model in used for k in model.lookups}.values())
-        of_lookups = {lookup.keys for lookup in lookups} | {lookup.weights or "" for lookup in lookups}
         try:
+            declared = _declared(said, place)
+            # Without the file: what nodes say while they run is for callers, too, and where files lie is not.
+            nodes = [made for node in said.nodes for made in self._nodes(node, place, resources)]
+            used = tuple(resources.used.values())
+            lookups = tuple({(k.keys, k.feed): k for model in used for k in model.lookups}.values())
+            of_lookups = {lookup.keys for lookup in lookups} | {lookup.weights or "" for lookup in lookups}
             request = request_ports(place, nodes, declared, of_lookups)
             made = plan(said.name, nodes, request, kind_of(said), list(said.outputs) or None)
         except BadConfig as error:

@@ -134,6 +134,8 @@ class Batcher(Generic[R]):
         """place: for messages. start: begins a run. ports: of the values; all go by rows unless `limits` says off."""
         self._place, self._start, self._ports, self.limits = place, start, ports, limits.checked(place)
         self.counters = Counters()
+        self.remembers = False  # whether the next is kept
+        self.under_way: dict[asyncio.Future[Any], Awaitable[R]] = {}  # what promises to requests in company wait for
         self._queue: list[_Asked[R]] = []  # in the order they leave
         self._number = 0
         self._swept_at = 0.0  # time.monotonic() when the queue was looked through last
@@ -316,6 +318,8 @@ class Batcher(Generic[R]):
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
+        if self.remembers:
+            self.under_way.update(dict.fromkeys((one.answer for one in batch), cast("Awaitable[R]", run)))
         wanted = len(batch)
 
         def gone(_: object) -> None:
@@ -337,6 +341,9 @@ class Batcher(Generic[R]):
         except Exception as error:
             self._failed(batch, error)
         finally:
+            if self.under_way:
+                for one in batch:
+                    self.under_way.pop(one.answer, None)
             self._landed()
 
     def _landed(self) -> None:

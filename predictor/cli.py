@@ -101,6 +101,10 @@ def server(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--batch-max-delay-ms", type=positive, metavar="MS", help="longest wait for company (default: none)"
     )
+    parser.add_argument(
+        "--allow-recording", action="store_true", default=None,
+        help="hand requests of callers to whoever asks for /debug/record (default: to nobody)",
+    )  # fmt: skip
     parser.add_argument("--check", action="store_true", help="load everything, serve nothing")
     args = parser.parse_args(argv)
 

@@ -9,7 +9,7 @@ import logging
 import math
 import resource
 import time
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Executor as Threads
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -96,6 +96,18 @@ class Run:
         self.began = self.ended = 0
 
 
+class Rest:
+    """What is left of a run that waits for something: await it for the run. Which one that is can be seen before."""
+
+    __slots__ = ("_whole", "run")
+
+    def __init__(self, run: Run, whole: Awaitable[Run]):
+        self.run, self._whole = run, whole
+
+    def __await__(self) -> Generator[Any, Any, Run]:
+        return self._whole.__await__()
+
+
 class Segment(NamedTuple):
     """Steps that run in one place. One step that waits, or several at once, or one after the other."""
 
@@ -108,8 +120,11 @@ class Segment(NamedTuple):
 class Executor:
     """A plan ready to run. Keeps nothing of a run but how long it took. Owned by the event loop."""
 
-    def __init__(self, plan: Plan, threads: Threads, observe: Callable[[Run, Exception | None], None] | None = None):
-        """observe: told of every run that has ended, and by what error, if by one."""
+    def __init__(
+        self, plan: Plan, threads: Threads, observe: Callable[[Run, BaseException | None], None] | None = None
+    ):
+        """observe: told of every run that has ended, and by what error, if by one: CancelledError where nobody waited
+        for it any more."""
         self.plan = plan
         self.observe = observe
         self._threads = threads
@@ -131,7 +146,7 @@ class Executor:
         finally:
             self._segments = timed
 
-    def start(self, values: Mapping[str, Any], rows: int, work: int, deadline: float | None) -> "Run | Awaitable[Run]":
+    def start(self, values: Mapping[str, Any], rows: int, work: int, deadline: float | None) -> Run | Rest:
         """Begin a run, or do all of it.
 
         values: of the plan's request, as its ports say. work: what the time of a run goes by.
@@ -145,17 +160,17 @@ class Executor:
         except Exception as error:
             self._ended(run, error)
             raise
-        return self._ended(run) if rest is None else self._finish(run, rest)
+        return self._ended(run) if rest is None else Rest(run, self._finish(run, rest))
 
     async def _finish(self, run: Run, rest: Awaitable[None]) -> Run:
         try:
             await rest
-        except Exception as error:
+        except (Exception, asyncio.CancelledError) as error:
             self._ended(run, error)
             raise
         return self._ended(run)
 
-    def _ended(self, run: Run, error: Exception | None = None) -> Run:
+    def _ended(self, run: Run, error: BaseException | None = None) -> Run:
         run.ended = time.monotonic_ns()
         if self.observe is not None:
             self.observe(run, error)

@@ -38,6 +38,8 @@ class MappedService(Service):
         then: Callable[[Answer], T],
     ) -> T | Awaitable[T]:
         """See Service."""
+        if self.recorders:
+            then = self._recorded(inputs, then)
         began = time.monotonic_ns()
         try:
             service, rest = self._picked(inputs)

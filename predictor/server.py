@@ -75,7 +75,7 @@ def serve(config: PredictorConfig, said: Settings | None = None) -> None:
             metrics = Metrics(
                 lambda: snapshot(inference.services.values(), inference.not_served), lambda: process.listener
             )
-            DebugDoor(inference, metrics).add_to(router)
+            DebugDoor(inference, metrics, config.allow_recording).add_to(router)
             RestDoor(inference).add_to(router)
             watch_of = partial(_watch_of, config, said)
             async with watched(inference.services.values(), watch_of, config.otel_endpoint):

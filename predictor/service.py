@@ -15,7 +15,7 @@ import numpy as np
 from cube.errors import BadConfig, BadRequest, NotServed
 from cube.rpc.calls import Call
 from predictor.batching import Batcher, Limits, Share
-from predictor.executor import TIMES, Executor, Run
+from predictor.executor import TIMES, Executor, Rest, Run
 from predictor.ops.gather import Gather
 from predictor.ops.op import Port, Ragged
 from predictor.profile.counts import Ended, RequestCounts, RunCounts
@@ -103,6 +103,16 @@ class Lane:
         limits = replace(self.batcher.limits, is_on=False)
         self.batcher = Batcher(f"workflow {self.plan.name!r}", self.executor.start, self.plan.request, limits)
 
+    def explain(self) -> None:
+        """Have the errors of requests that come to nothing say where the time went, in a note."""
+        self.counts.tells = self.batcher.remembers = True
+
+    def left(self, promise: "asyncio.Future[Any]", error: asyncio.CancelledError) -> None:
+        """The caller of a request in company has gone: have the error say what its run has done until now."""
+        rest = self.batcher.under_way.get(promise)
+        if isinstance(rest, Rest):
+            error.add_note(self.counts.note(rest.run))
+
     def absent(self, shares: Sequence[Share[Run]]) -> int:
         """Keys of a request that no table has."""
         return sum(_absent(share, make) for share in shares for make in self._found)
@@ -147,6 +157,7 @@ class Service:
         at the same time, else one after the other. Raises BadConfig for two that make an output of one name."""
         self.name, self.version, self.platform, self.form, self.lanes = name, version, platform, form, lanes
         self.tables, self._at_once, self.counts = dict(tables or {}), at_once, RequestCounts()
+        self.recorders: list[Callable[[Mapping[str, Any]], None]] = []  # told what each answered request held
         self.reply_heads: dict[Any, bytes] = {}  # what a door remembers of replies
         self.outputs: dict[str, Port] = {}
         for lane in lanes:
@@ -181,6 +192,8 @@ class Service:
         inputs: numpy arrays and Texts by name; wanted: names of outputs, all if empty. Raises BadRequest, Overloaded,
         DeadlineExceeded, and what the workflows and `then` raise.
         """
+        if self.recorders:
+            then = self._recorded(inputs, then)
         began, rows = time.monotonic_ns(), 0
         try:
             for output in wanted:
@@ -206,7 +219,7 @@ class Service:
             self.counts.in_flight += 1
             made.add_done_callback(partial(self._landed, call, began, rows))
             return made
-        return self._later(call, began, rows, cast(Awaitable[T], made)) if hasattr(made, "__await__") else made
+        return self._later(call, began, rows, cast("Awaitable[T]", made)) if hasattr(made, "__await__") else made
 
     async def debug(self, inputs: Mapping[str, Any], call: Call) -> dict[str, dict[str, Any]]:
         """Run a request alone; of each workflow and node: what it made, and its microseconds. No batching."""
@@ -246,6 +259,17 @@ class Service:
             for lane in self.lanes:
                 lane.counts.clear()
 
+    def _recorded(self, inputs: Mapping[str, Any], then: Callable[[Answer], T]) -> Callable[[Answer], T]:
+        """The same, and what the request held is told to those who record."""
+
+        def noted(answer: Answer) -> T:
+            made = then(answer)
+            for record in self.recorders:
+                record(inputs)
+            return made
+
+        return noted
+
     # ---- a request's way ----
 
     def _values(self, lane: Lane, request: Request) -> Mapping[str, Any]:
@@ -271,13 +295,21 @@ class Service:
         return then(*[task.result() for task in tasks])
 
     async def _shares(self, lane: Lane, request: Request, call: Call, priority: int) -> list[Share[Run]]:
-        return cast(list[Share[Run]], await _whole(self._submit(lane, request, call, priority, _itself)))
+        made = self._submit(lane, request, call, priority, _itself)
+        try:
+            return cast("list[Share[Run]]", await _whole(made))
+        except asyncio.CancelledError as gone:
+            if isinstance(made, asyncio.Future):
+                lane.left(made, gone)
+            raise
 
     def _landed(self, call: Call, began: int, rows: int, future: "asyncio.Future[Any]") -> None:
         """A request that was in company has its answer, which `infer` has counted, or has none."""
         self.counts.in_flight -= 1
         if future.cancelled():
-            self._ended(call, began, rows, (), asyncio.CancelledError())
+            gone = asyncio.CancelledError()
+            self.lanes[0].left(future, gone)  # there is one: several are waited for by a coroutine
+            self._ended(call, began, rows, (), gone)
         elif (error := future.exception()) is not None:
             self._ended(call, began, rows, (), error)
 

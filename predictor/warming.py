@@ -23,6 +23,7 @@ from predictor.models import Model
 from predictor.requests import Form
 from predictor.service import Service
 from predictor.tensors import texts
+from trainer_tools.manifest import Tensor
 
 log = logging.getLogger(__name__)
 
@@ -61,8 +62,16 @@ async def warm_up(
         service.platform = used[0].engine.platform
 
 
+def may_hold(form: Form) -> list[Tensor]:
+    """All that a request may hold: of a lookup its keys, and the raw texts that may stand in their place."""
+    tensors = form.tensors()
+    by_name = {tensor.name: tensor for tensor in tensors}
+    raw = {k.text: Tensor(k.text, "BYTES", by_name[k.keys].shape) for k in form.lookups}
+    return [*tensors, *raw.values()]
+
+
 async def _run_recorded(service: Service, recording: Path) -> None:
-    requests = recorded(recording, service.form.tensors())
+    requests = recorded(recording, may_hold(service.form))
     try:
         await service.warm_up(requests)
     except _NOT_FITTING as error:

@@ -14,8 +14,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from cube.errors import ServingError
+from cube.errors import BadData, ServingError
 from predictor.engines.engine import Engine, Feed
+from predictor.engines.pairing import Unlike, listed, named_as
 
 log = logging.getLogger(__name__)
 
@@ -29,7 +30,8 @@ _MOST_RECORDED = 16  # runs that engines are timed on
 
 
 class Candidate(NamedTuple):
-    """An engine that may run the program. open: raises ServingError where it cannot be had here."""
+    """An engine that may run the program. open: raises ServingError where it cannot be had here, BadData for a file
+    that is broken."""
 
     name: str
     open: Callable[[], Engine]
@@ -44,7 +46,8 @@ def fastest(
 
     requests: what to run, for an engine of this program; not asked where there is nothing to choose. The first
     candidate that opens is what the others are held to: one that answers otherwise, beyond RTOL and ATOL, is dropped
-    with a warning. Raises what the first candidate raised if none opens.
+    with a warning. Whichever is chosen, its inputs and outputs are called as the first one calls them. Raises what the
+    first candidate raised if none opens.
     """
     opened = _opened(candidates)
     return _fastest(opened, requests(opened[0][1]) if len(opened) > 1 else [], clock)
@@ -128,24 +131,37 @@ def _close_all_but(kept: Engine, opened: Sequence[tuple[str, Engine]]) -> None:
 
 
 def _opened(candidates: Sequence[Candidate]) -> list[tuple[str, Engine]]:
-    """Those that can be had here, and take and make what the first of them does; at least one."""
+    """Those that can be had here, and take and make what the first of them does, under its names; at least one."""
     opened: list[tuple[str, Engine]] = []
     failures: list[ServingError] = []
     for name, open_candidate in candidates:
         try:
             engine = open_candidate()
         except ServingError as error:
-            log.info("engine %s is not used: %s", name, error)
+            # A broken file is a fault; that settings or packages leave an engine out is what AUTO is for.
+            level = logging.WARNING if isinstance(error, BadData) and len(candidates) > 1 else logging.INFO
+            log.log(level, "engine %s is not used: %s", name, error)
             failures.append(error)
             continue
-        if opened and (engine.inputs, engine.outputs) != ((first := opened[0][1]).inputs, first.outputs):
-            log.warning("engine %s is not used: its inputs or outputs are not those of %s", name, opened[0][0])
+        try:
+            opened.append((name, _under_names_of(opened[0], name, engine) if opened else engine))
+        except Unlike as error:
+            log.warning("engine %s is not used beside %s: %s", name, opened[0][0], error)
             engine.close()
-            continue
-        opened.append((name, engine))
     if not opened:
         raise failures[0]
     return opened
+
+
+def _under_names_of(first: tuple[str, Engine], name: str, engine: Engine) -> Engine:
+    """The engine, callers of which need not know which one they have. Raises Unlike."""
+    first_name, known = first
+    renamed = named_as(known, engine)
+    if renamed is not engine:
+        text = "engine %s: its inputs (%s) and outputs (%s) go by the names that %s has for them (%s; %s)"
+        theirs, ours = (engine.inputs, engine.outputs), (known.inputs, known.outputs)
+        log.info(text, name, *map(listed, theirs), first_name, *map(listed, ours))
+    return renamed
 
 
 def _disagreement(engine: Engine, requests: Sequence[Sequence[Feed]], wanted: Sequence[Sequence[NDArray[Any]]]) -> str:

@@ -7,7 +7,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class PredictorConfig(_message.Message):
-    __slots__ = ("model", "listen", "cube", "max_samples", "cube_wait_s", "cube_timeout_ms", "compute_threads", "max_keys", "grpc", "cube_token_file", "cube_cache_mb", "cube_tls_ca", "cube_tls_cert", "cube_tls_key", "log", "slow_request_ms", "tracer_interval_s", "tracer_file", "otel_endpoint", "batching", "batch_max_samples", "batch_max_delay_ms")
+    __slots__ = ("model", "listen", "cube", "max_samples", "cube_wait_s", "cube_timeout_ms", "compute_threads", "max_keys", "grpc", "cube_token_file", "cube_cache_mb", "cube_tls_ca", "cube_tls_cert", "cube_tls_key", "log", "slow_request_ms", "tracer_interval_s", "tracer_file", "otel_endpoint", "batching", "batch_max_samples", "batch_max_delay_ms", "allow_recording")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     LISTEN_FIELD_NUMBER: _ClassVar[int]
     CUBE_FIELD_NUMBER: _ClassVar[int]
@@ -30,6 +30,7 @@ class PredictorConfig(_message.Message):
     BATCHING_FIELD_NUMBER: _ClassVar[int]
     BATCH_MAX_SAMPLES_FIELD_NUMBER: _ClassVar[int]
     BATCH_MAX_DELAY_MS_FIELD_NUMBER: _ClassVar[int]
+    ALLOW_RECORDING_FIELD_NUMBER: _ClassVar[int]
     model: _containers.RepeatedScalarFieldContainer[str]
     listen: str
     cube: str
@@ -52,7 +53,8 @@ class PredictorConfig(_message.Message):
     batching: str
     batch_max_samples: int
     batch_max_delay_ms: int
-    def __init__(self, model: _Optional[_Iterable[str]] = ..., listen: _Optional[str] = ..., cube: _Optional[str] = ..., max_samples: _Optional[int] = ..., cube_wait_s: _Optional[int] = ..., cube_timeout_ms: _Optional[int] = ..., compute_threads: _Optional[int] = ..., max_keys: _Optional[int] = ..., grpc: _Optional[str] = ..., cube_token_file: _Optional[str] = ..., cube_cache_mb: _Optional[int] = ..., cube_tls_ca: _Optional[str] = ..., cube_tls_cert: _Optional[str] = ..., cube_tls_key: _Optional[str] = ..., log: _Optional[str] = ..., slow_request_ms: _Optional[int] = ..., tracer_interval_s: _Optional[int] = ..., tracer_file: _Optional[str] = ..., otel_endpoint: _Optional[str] = ..., batching: _Optional[str] = ..., batch_max_samples: _Optional[int] = ..., batch_max_delay_ms: _Optional[int] = ...) -> None: ...
+    allow_recording: bool
+    def __init__(self, model: _Optional[_Iterable[str]] = ..., listen: _Optional[str] = ..., cube: _Optional[str] = ..., max_samples: _Optional[int] = ..., cube_wait_s: _Optional[int] = ..., cube_timeout_ms: _Optional[int] = ..., compute_threads: _Optional[int] = ..., max_keys: _Optional[int] = ..., grpc: _Optional[str] = ..., cube_token_file: _Optional[str] = ..., cube_cache_mb: _Optional[int] = ..., cube_tls_ca: _Optional[str] = ..., cube_tls_cert: _Optional[str] = ..., cube_tls_key: _Optional[str] = ..., log: _Optional[str] = ..., slow_request_ms: _Optional[int] = ..., tracer_interval_s: _Optional[int] = ..., tracer_file: _Optional[str] = ..., otel_endpoint: _Optional[str] = ..., batching: _Optional[str] = ..., batch_max_samples: _Optional[int] = ..., batch_max_delay_ms: _Optional[int] = ..., allow_recording: _Optional[bool] = ...) -> None: ...
 
 class ClientConfig(_message.Message):
     __slots__ = ("target", "model", "data", "batch", "concurrency", "timeout_ms")

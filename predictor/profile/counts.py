@@ -5,6 +5,7 @@ in buckets: the number of a value's bucket is its number of bits, so bucket b ho
 requests have 16 buckets for each of these, which is what percentiles are read from.
 """
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -53,7 +54,7 @@ class RunCounts:
     def __init__(self, plan: Plan):
         self.plan = plan
         self.tells = False  # whether a failed run leaves a note with its error, of where its time went
-        self.watchers: list[Callable[[Run, Exception | None], None]] = []
+        self.watchers: list[Callable[[Run, BaseException | None], None]] = []
         self._names = [step.node.name for step in plan.steps]
         number = {name: at for at, name in enumerate(self._names)}
         self._edges = [(step.number, number[d.node]) for step in plan.steps for d in step.node.dependencies]
@@ -71,7 +72,7 @@ class RunCounts:
         self._nodes_by_ns, self._phases_ns = np.zeros((nodes, BITS), np.int64), np.zeros((nodes, 5), np.int64)
         self._failures: dict[tuple[str, str], int] = {}
 
-    def ran(self, run: Run, error: Exception | None) -> None:
+    def ran(self, run: Run, error: BaseException | None) -> None:
         """A run has ended."""
         if error is None:
             unsettled = self._unsettled
@@ -109,15 +110,19 @@ class RunCounts:
             failures=dict(self._failures),
         )
 
-    def _failed(self, run: Run, error: Exception) -> None:
+    def note(self, run: Run) -> str:
+        """Where the time of a run went, until now if it goes on."""
+        return f"workflow {self.plan.name}: {told(self.plan, run)}"
+
+    def _failed(self, run: Run, error: BaseException) -> None:
         begun = [at for at in range(len(self._names)) if run.times[TIMES * at] and not run.times[TIMES * at + 3]]
         # Of several that ran at once, those that went on when one failed look the same: the last one to begin is named.
         name = self._names[max(begun, key=lambda at: run.times[TIMES * at])] if begun else ""
-        key = name, to_wire(error).code
+        key = name, code_of(error)
         self._failures[key] = self._failures.get(key, 0) + 1
         if self.tells:
             # Goes where the error goes; in the place of an older one, for an op may raise the same object every time.
-            error.__notes__ = [f"workflow {self.plan.name}: {told(self.plan, run)}"]
+            error.__notes__ = [self.note(run)]
 
     def _settle(self) -> None:
         """Add up the runs that were kept."""
@@ -158,18 +163,25 @@ def _by_bits(values: Counts) -> Counts:
     return np.bincount(_bits(values), minlength=BITS)
 
 
+def code_of(error: BaseException) -> str:
+    """The gRPC status of what a request or a run ended by; nobody waits any more for one that is cancelled."""
+    return to_wire(error).code if isinstance(error, Exception) else "CANCELLED"
+
+
 def told(plan: Plan, run: Run) -> str:
     """Where the time of a run went, in milliseconds. rest: waiting for a thread, and for the event loop after it."""
     took: dict[str, str] = {}
-    left = run.ended - run.began
+    whole_end = run.ended or time.monotonic_ns()
+    left = whole_end - run.began
     for step in plan.steps:
         began, _, _, ended = run.times[TIMES * step.number : TIMES * (step.number + 1)]
-        ns = (ended or run.ended) - began if began else 0
+        ns = (ended or whole_end) - began if began else 0
         left -= ns
         took[step.node.name] = f"{ns / 1e6:.1f}" + (" unfinished" if began and not ended else "")
     took["rest"] = f"{max(left, 0) / 1e6:.1f}"
     nodes = ", ".join(f"{name} {ms}" for name, ms in took.items())
-    return f"run {(run.ended - run.began) / 1e6:.1f} ms ({run.rows} rows: {nodes})"
+    so_far = "" if run.ended else " so far"
+    return f"run {(whole_end - run.began) / 1e6:.1f} ms{so_far} ({run.rows} rows: {nodes})"
 
 
 def where(step: Step, run: Run) -> str:
@@ -250,7 +262,7 @@ class RequestCounts:
 
     def failed(self, error: BaseException) -> str:
         """A request was refused, or failed, or its caller has gone; its status code."""
-        code = to_wire(error).code if isinstance(error, Exception) else "CANCELLED"
+        code = code_of(error)
         self._by_code[code] = self._by_code.get(code, 0) + 1
         return code
 

@@ -10,6 +10,7 @@ from predictor.profile.counts import told as of_run
 log = logging.getLogger(__name__)
 
 _LINES_PER_S = 5
+_NOTHING = "no run of it began, or had ended"
 
 
 class SlowRequests:
@@ -30,7 +31,8 @@ def told(request: Ended) -> str:
     """Where a request's time went: one line."""
     head = f"{request.service} {request.version}: {_ms(request.ended - request.began)} ms for {request.rows} rows"
     if request.code != "OK":
-        return "; ".join([f"{head}, {request.code}", *(request.notes or ["no run of it began, or had ended"])])
+        nothing = "no run of it began, or several were under way" if request.code == "CANCELLED" else _NOTHING
+        return "; ".join([f"{head}, {request.code}", *(request.notes or [nothing])])
     parts = [head]
     for plan, shares in zip(request.plans, request.shares, strict=True):
         last = max(shares, key=lambda share: share.run.ended)  # of a request that was split

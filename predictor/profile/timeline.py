@@ -15,9 +15,8 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from cube.errors import to_wire
 from predictor.executor import TIMES, Run
-from predictor.profile.counts import Ended, where
+from predictor.profile.counts import Ended, code_of, where
 from predictor.service import Service
 from predictor.workflow import Plan
 
@@ -67,11 +66,11 @@ class Timeline:
         if self._has_room():
             self._row(f"{request.service} {request.version}", "requests").append(_request(request))
 
-    def run(self, service: str, plan: Plan, run: Run, error: Exception | None) -> None:
+    def run(self, service: str, plan: Plan, run: Run, error: BaseException | None) -> None:
         """A run of a service's workflow has ended."""
         if not self._has_room():
             return
-        whole, beside = _run(plan, run, "OK" if error is None else to_wire(error).code)
+        whole, beside = _run(plan, run, "OK" if error is None else code_of(error))
         self._row(service, f"runs of {plan.name}").append(whole)
         if beside:
             self._row(service, f"beside, in {plan.name}").extend(beside)

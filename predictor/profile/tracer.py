@@ -33,20 +33,37 @@ _SHARES = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
 
 async def trace(now: Callable[[], Snapshot], interval_s: float, file: Path | None = None) -> None:
     """For ever: every `interval_s` seconds a table of each service, to the log, or to the end of a file."""
-    before = now()
+    before, out = now(), _File(file) if file else None
     while True:
         await asyncio.sleep(interval_s)
         after = now()
         text = table(before, after)
         before = after
-        if file is None:
+        if out is None:
             log.info("%s", text)
-            continue
+        else:
+            out.append(text)
+
+
+class _File:
+    """What tables are appended to. A full disk, or a directory that is gone, ends none of those that come after."""
+
+    def __init__(self, path: Path):
+        self._path, self._lost = path, 0  # tables since the file could be written last
+
+    def append(self, text: str) -> None:
+        """Log the first failure, and the first success after it: not a line for every interval between them."""
         try:
-            with file.open("a") as out:
+            with self._path.open("a") as out:
                 out.write(text + "\n")
-        except OSError as error:  # a full disk must not end the tables that come after
-            log.warning("tracer: %s: %s", file, error.strerror)
+        except OSError as error:
+            if not self._lost:
+                log.warning("tracer: %s: %s; tables are lost until it can be written", self._path, error.strerror)
+            self._lost += 1
+            return
+        if self._lost:
+            log.warning("tracer: %s: written again, after %d tables were lost", self._path, self._lost)
+            self._lost = 0
 
 
 def table(before: Snapshot, after: Snapshot) -> str:

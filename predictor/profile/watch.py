@@ -46,7 +46,7 @@ async def watched(
             if watch.slow_request_s:
                 service.counts.watchers.append(SlowRequests(watch.slow_request_s).request)
                 for lane in service.lanes:
-                    lane.counts.tells = True
+                    lane.explain()
             if watch.tracer_interval_s:
                 now = partial(snapshot, [service])
                 tracing = asyncio.ensure_future(trace(now, watch.tracer_interval_s, watch.tracer_file))

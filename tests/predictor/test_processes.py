@@ -1,6 +1,7 @@
 """An op in processes of its own: values come through as they are, and whatever the op does, the parent goes on."""
 
 import asyncio
+import contextlib
 import gc
 import logging
 import os
@@ -8,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import hypothesis.extra.numpy as drawn
@@ -19,7 +21,21 @@ from hypothesis import strategies as st
 from odd_ops import Odd
 from places import ROOT
 
-from cube.errors import BadConfig, BadRequest, DeadlineExceeded, Internal, Overloaded, Unavailable
+from cube.errors import (
+    BadConfig,
+    BadRequest,
+    DeadlineExceeded,
+    Internal,
+    Overloaded,
+    ServingError,
+    Unavailable,
+    to_wire,
+)
+from cube.rpc.calls import Call
+from predictor import models
+from predictor.assembly import Assembly
+from predictor.batching import Limits
+from predictor.config import load
 from predictor.ops.op import Batch, Port, Ragged
 from predictor.processes import OwnProcesses, restart_delay_s
 from predictor.rows import slice_rows
@@ -82,7 +98,7 @@ async def answer(op, *batches):
 
 async def whole(op):
     """Wait until all workers are there."""
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(120):
         while len(op._workers) < op.concurrency or not all(worker.is_ready for worker in op._workers):
             await asyncio.sleep(0.01)
 
@@ -302,24 +318,31 @@ def test_a_batch_whose_deadline_has_passed_is_not_begun(loop, odd):
     assert odd.restarts == 0
 
 
-@pytest.mark.alone  # tenths of a second decide
-def test_a_slow_batch_is_answered_at_its_deadline_and_the_process_goes_on(loop, odd):
+@pytest.mark.alone  # a second decides
+def test_a_slow_batch_is_answered_at_its_deadline_and_the_process_goes_on(loop):
+    odd = opened("odd_ops:Odd", {"seconds": 2}, 2, place="node 'odd'")
+
     async def run():
         began = time.monotonic()
         (late,) = await answer(odd, told("sleep", deadline=began + 0.05))
         took = time.monotonic() - began
-        return late, took, await answer(odd, *(told("") for _ in range(4)))
+        after = await answer(odd, *(told("") for _ in range(4)))
+        await answer(odd, told("sleep"), told("sleep"))  # both processes, so the late one is done
+        return late, took, after
 
-    late, took, after = loop.run(run())
+    try:
+        late, took, after = loop.run(run())
+    finally:
+        odd.close()
     assert str(late) == "node 'odd': the deadline passed before it was done"
-    assert took < 0.18
+    assert took < 1.5
     assert all((found["y"] == 2).all() for found in after)
     assert odd.restarts == 0
 
 
 @pytest.fixture(scope="module")
 def small(loop):
-    op = opened("odd_ops:Odd", {"seconds": 1}, 1, 3, place="node 'small'", patience_s=0.1)
+    op = opened("odd_ops:Odd", {"seconds": 3}, 1, 3, place="node 'small'", patience_s=0.1)
     yield op
     op.close()
 
@@ -399,7 +422,9 @@ def test_a_process_killed_under_load_costs_no_more_than_its_batch(loop, odd):
 
 def test_a_batch_that_does_not_end_costs_its_process_once_nobody_waits(loop, small):
     async def run():
-        return await answer(small, told("sleep", deadline=time.monotonic() + 0.05), told(""))
+        answers = await answer(small, told("sleep", deadline=time.monotonic() + 0.05), told(""))
+        await whole(small)
+        return answers
 
     late, good = loop.run(run())
     assert isinstance(late, DeadlineExceeded)
@@ -414,7 +439,7 @@ def test_where_nothing_can_be_started_any_more_batches_are_refused(loop, tmp_pat
     mark.unlink()
 
     async def until_it_answers():
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(120):
             while True:
                 (found,) = await answer(op, told(""))
                 if not isinstance(found, Exception):
@@ -435,6 +460,63 @@ def test_where_nothing_can_be_started_any_more_batches_are_refused(loop, tmp_pat
 
 def test_restarts_are_further_and_further_apart():
     assert [restart_delay_s(failures) for failures in (1, 2, 3, 4, 9, 1000)] == [0.0, 0.1, 0.2, 0.4, 10.0, 10.0]
+
+
+# ---- what callers are told ----
+
+TOLD = "workflow 'main' node 'odd'"
+CRASHED = f"{TOLD}: the process that ran the batch was ended by SIGSEGV"
+BATCH = "batch { max_rows: 4 max_waiting_rows: 4 }"
+
+
+@pytest.mark.parametrize(
+    ("node", "told_of", "logged"),
+    [
+        ("executor: PROCESS", {
+            "fail": "INTERNAL " + TOLD + ": failed; the server's log has it",
+            "crash": f"INTERNAL {CRASHED}",
+            "make_a_list": f"INTERNAL {TOLD} output 'y': found a list, expected an array, Texts or Ragged",
+            "hunger": f"RESOURCE_EXHAUSTED {TOLD}: out of memory",
+            "refuse": "INVALID_ARGUMENT row 3: found a cat, expected a dog",
+        }, ["ZeroDivisionError: the secret", "odd_ops.py", "SIGSEGV; another one is started"]),
+        (f"executor: PROCESS {BATCH}", {
+            "make_too_few":
+                f"INTERNAL {TOLD} output 'y': found shape [1, 4], not 2 in dimension 0, expected FP32 [-1, 4]",
+            "crash": f"INTERNAL {CRASHED}",
+        }, ["SIGSEGV; another one is started"]),
+        ("executor: THREAD", {
+            "fail": f"INTERNAL {TOLD}: failed; the server's log has it",
+            "hunger": f"RESOURCE_EXHAUSTED {TOLD}: out of memory",
+        }, ["ZeroDivisionError: the secret", "odd_ops.py"]),
+    ],
+    ids=["processes", "processes that batch", "threads"],
+)  # fmt: skip
+def test_callers_are_told_the_node_and_what_happened_but_not_where_files_lie(tmp_path, caplog, node, told_of, logged):
+    (tmp_path / "service.prototxt").write_text('services { name: "S" workflows: "main" }')
+    said = 'type: "odd_ops:Odd" concurrency: 1'
+    (tmp_path / "workflow.prototxt").write_text(
+        f'workflows {{ name: "main" nodes {{ name: "odd" {said} {node} }} batch {{ off: true }} }}'
+    )
+    shared = models.Settings(cube=None, max_samples=100, max_keys=1, cube_timeout_s=1, cube_wait_s=1)
+
+    async def main():
+        found = {}
+        with ThreadPoolExecutor(2) as threads:
+            async with contextlib.AsyncExitStack() as stack:
+                assembly = Assembly(load(tmp_path), shared, threads, Limits(max_in_flight=2))
+                (service,) = assembly.services(stack)
+                for do in told_of:
+                    values = {"x": np.ones((2, 4), np.float32), "do": texts([do.encode()] * 2)}
+                    try:
+                        await service.infer(values, (), Call("/p"), then=lambda answer: answer)
+                    except ServingError as error:
+                        found[do] = f"{to_wire(error).code} {error}"
+        return found
+
+    found = asyncio.run(main())
+    assert found == told_of
+    assert not [text for text in found.values() if str(tmp_path) in text or ".py" in text]
+    assert not [text for text in logged if text not in caplog.text]
 
 
 # ---- start and end ----
@@ -481,7 +563,7 @@ def test_an_op_that_cannot_be_bound_or_opened_leaves_no_process(at, error, messa
     before = children()
     op = OwnProcesses("odd_ops:Unfinished", {"at": at}, 1)
     op.wanted()
-    op._start_s = 1.0
+    op._start_s = 1.0 if at.startswith("hang") else 60.0
     with pytest.raises(error, match=message):  # noqa: PT012, either of the two
         op.bind({})
         op.open()
@@ -497,7 +579,7 @@ def test_numbers_below_one_are_refused(numbers):
 @pytest.mark.alone  # other tests' memory has names in /dev/shm, too
 def test_the_end_closes_ops_fails_what_runs_and_leaves_nothing(loop, tmp_path):
     left = tmp_path / "left"
-    before = children(), sorted(os.listdir(SHARED)), set(os.listdir("/proc/self/fd"))
+    before = children(), set(os.listdir(SHARED)), set(os.listdir("/proc/self/fd"))
     op = opened("odd_ops:Odd", {"left": str(left), "seconds": 60}, 2)
     pids = children() - before[0]
 
@@ -514,12 +596,13 @@ def test_the_end_closes_ops_fails_what_runs_and_leaves_nothing(loop, tmp_path):
         return found, took
 
     found, took = loop.run(run())
-    assert took < 1
+    assert took < 20
     assert (found["y"] == 2).all()  # what was made is read when its maker is gone
     assert int(left.read_text()) in pids
     del found
     gc.collect()
-    assert (children(), sorted(os.listdir(SHARED))) == before[:2]
+    assert children() == before[0]
+    assert set(os.listdir(SHARED)) <= before[1]
     assert set(os.listdir("/proc/self/fd")) <= before[2]  # what others have left may have been collected meanwhile
 
 
@@ -576,9 +659,9 @@ def test_no_process_outlives_its_parent_or_complains(number):
             os.killpg(parent.pid, number)
         else:
             parent.kill()
-        out, err = parent.communicate(timeout=20)
+        out, err = parent.communicate(timeout=60)
         assert (out, err) == ("interrupted\n" if number is signal.SIGINT else "", "")
-        until = time.monotonic() + 5
+        until = time.monotonic() + 60
         while worker.exists() and time.monotonic() < until:
             time.sleep(0.01)
         assert not worker.exists()

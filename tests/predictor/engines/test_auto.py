@@ -146,7 +146,37 @@ def test_one_that_takes_or_makes_something_else_is_dropped_with_a_warning(caplog
     other = Timed(clock, 0.001)
     other.outputs = dense_programs.OUTPUTS
     assert chosen(clock, Timed(clock, 0.01), other) == 0
-    assert "engine engine 1 is not used: its inputs or outputs are not those of engine 0" in caplog.text
+    assert (
+        "engine engine 1 is not used beside engine 0: its outputs, score FP32 [-1, 1], best INT64 [-1], "
+        "are not those of the first, score FP32 [-1, 1]\n" in caplog.text
+    )
+    assert other.is_closed
+
+
+@pytest.mark.parametrize("first_is_broken", [False, True])
+def test_a_broken_file_beside_a_good_one_is_a_warning_with_its_name_and_what_is_wrong(
+    tmp_path, caplog, first_is_broken
+):
+    caplog.set_level("INFO")
+    torch_program = dense_programs.write_torch(tmp_path / "net.pt2", dense_programs.torch_net())
+    onnx_program = dense_programs.write_onnx(tmp_path / "net.onnx")
+    broken = torch_program if first_is_broken else onnx_program
+    broken.write_bytes(broken.read_bytes()[:100])
+    engine = open_engine(torch_program, "torch.export", also=[(onnx_program, "onnx")])
+    assert engine.platform == ("onnxruntime_onnx" if first_is_broken else "torch_export")
+    (warning,) = (r.getMessage() for r in caplog.records if r.levelno == logging.WARNING)
+    name = "torch" if first_is_broken else "onnxruntime"
+    assert re.match(rf"engine {name} is not used: {re.escape(str(broken))}: found .+, expected a", warning)
+
+
+def test_one_that_the_settings_leave_out_is_no_fault(tmp_path, caplog):
+    caplog.set_level("INFO")
+    torch_program = dense_programs.write_torch(tmp_path / "net.pt2", dense_programs.torch_net())
+    also = [(dense_programs.write_onnx(tmp_path / "net.onnx"), "onnx")]
+    engine = open_engine(torch_program, "torch.export", also=also, memory_limit_mb=64)
+    assert engine.platform == "onnxruntime_onnx"
+    (line,) = (r for r in caplog.records if "engine torch is not used: memory_limit_mb" in r.getMessage())
+    assert line.levelno == logging.INFO
 
 
 def test_auto_opens_the_one_engine_of_a_format_without_timing_it(tmp_path):

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import pickle
+import zipfile
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from predictor.engines.warm_up import random_feeds, recorded
 from predictor.tensors import Texts
 from trainer_tools.manifest import Tensor
 
+X = np.ones((3, 2), np.float32)
 KNOWN = [Tensor("x", "FP32", [-1, 2]), Tensor("keys", "UINT64", [-1]), Tensor("texts", "BYTES", [-1])]
 
 
@@ -58,21 +60,51 @@ def written(path, content):
     return path
 
 
-def one_array():
+def one_array(says=3):
+    """The bytes of an .npy file of three numbers. says: how many there are."""
     file = io.BytesIO()
-    np.save(file, np.ones(3))
-    return file.getvalue()
+    np.lib.format.write_array_header_1_0(file, {"descr": "<f8", "fortran_order": False, "shape": (says,)})
+    return file.getvalue() + np.ones(3).tobytes()
+
+
+def long_head():
+    """An array with a head so long that numpy asks whether the file is trusted."""
+    head = b"{'descr': '<f4', 'fortran_order': False, 'shape': (1,), }".ljust(20_000) + b"\n"
+    return b"\x93NUMPY\x01\x00" + len(head).to_bytes(2, "little") + head + bytes(4)
+
+
+def zipped(path, name, content):
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr(name, content)
+    return path
+
+
+def with_a_password(path):
+    """An archive whose only array says that it is encrypted."""
+    raw = bytearray(zipped(path, "x.npy", one_array()).read_bytes())
+    for magic, flags in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
+        raw[raw.index(magic) + flags] |= 1
+    return written(path, bytes(raw))
 
 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
         (lambda p: p, "No such file"),
-        (lambda p: written(p, b""), "expected an .npz file"),
-        (lambda p: written(p, b"no zip"), "expected an .npz file"),
-        (lambda p: written(p, pickle.dumps({"x": 1})), "expected an .npz file"),
-        (lambda p: written(p, one_array()), "found one array, expected an .npz file"),
-        (lambda p: written(p, saved(p, x=np.ones((3, 2), np.float32)).read_bytes()[:-30]), "expected an .npz file"),
+        (lambda p: written(p, b""), "found an empty file, expected an .npz file"),
+        (lambda p: written(p, b"no zip"), "found bytes of some other kind, expected an .npz file"),
+        (lambda p: written(p, np.random.default_rng(3).bytes(999)), "found bytes of some other kind, expected an .npz"),
+        (lambda p: written(p, pickle.dumps({"x": 1})), "found a pickle, which is never read, expected an .npz file"),
+        (lambda p: written(p, one_array()), "found one array, as numpy.save writes it, expected an .npz file"),
+        (lambda p: written(p, saved(p, x=X).read_bytes()[:-30]), "found an archive that is cut off or damaged, exp"),
+        (lambda p: written(p, saved(p, x=X).read_bytes()[:60]), "found an archive that is cut off or damaged, expec"),
+        (lambda p: zipped(p, "x.npy", b"junk"), "'x': found no array, or one with a damaged head, expected an array"),
+        (lambda p: zipped(p, "x.npy", pickle.dumps([1])), "'x': found no array, or one with a damaged head"),
+        (lambda p: zipped(p, "x.npy", one_array()[:-1]), "'x': found a damaged array, expected an array of numbers"),
+        (lambda p: zipped(p, "x.npy", one_array(1 << 45)), "'x': found an array for which there is not enough memory"),
+        (lambda p: zipped(p, "x.npy", long_head()), "'x': found no array, or one with a damaged head"),
+        (lambda p: zipped(p, "x.txt", b"junk"), r"found an array 'x\.txt', expected inputs of the model"),
+        (with_a_password, "found an archive that is cut off or damaged"),
         (lambda p: saved(p), "found no arrays, expected requests 0, 1, 2"),
         (lambda p: saved(p, y=np.ones(3)), "found an array 'y', expected inputs of the model: x, keys, texts"),
         (lambda p: saved(p, **{"x/one": np.ones(3)}), "found an array 'x/one'"),
@@ -81,13 +113,15 @@ def one_array():
         (lambda p: saved(p, x=np.ones((3, 2))), r"'x': found float64 \[3, 2\], expected FP32 \[-1, 2\]"),
         (lambda p: saved(p, x=np.ones((3, 3), np.float32)), r"'x': found float32 \[3, 3\], expected FP32 \[-1, 2\]"),
         (lambda p: saved(p, texts=np.array(["a"])), r"'texts': found <U1 \[1\], expected BYTES \[-1\]"),
-        (lambda p: saved(p, x=np.array([{}, None], object)), "expected an .npz file"),
+        (lambda p: saved(p, x=np.array([{}, None], object)), "'x': found an array of Python objects, expected an arr"),
+        (lambda p: saved(p, x=np.zeros(2, [("a", "O")])), "'x': found an array of Python objects, expected an array"),
     ],
 )
 def test_a_file_that_is_no_recording_is_refused(tmp_path, make, message):
     with pytest.raises(BadData, match=message) as refused:
         recorded(make(tmp_path / "warm.npz"), KNOWN)
     assert str(refused.value).startswith(f"{tmp_path}/warm.npz")
+    assert "allow_pickle" not in str(refused.value)  # no advice to unpickle what somebody has put there
 
 
 @settings(max_examples=200, deadline=None)

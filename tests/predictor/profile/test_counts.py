@@ -170,7 +170,7 @@ def test_what_is_refused_before_it_runs_is_counted_too():
     }  # fmt: skip
     (lane,) = snapshot([service]).services[0].lanes
     assert (lane.refused, lane.waiting_rows, lane.runs_in_flight) == (6, 0, 0)
-    assert lane.totals.failures == {("", "DEADLINE_EXCEEDED"): 1}  # before any node
+    assert lane.totals.failures == {("", "DEADLINE_EXCEEDED"): 1, ("a", "CANCELLED"): 1}  # before any node; in one
     assert service.counts.in_flight == 0
 
 

@@ -2,8 +2,10 @@
 
 import asyncio
 import logging
+import shutil
 
 import numpy as np
+import pytest
 from small_services import Add, ask, chain, service_of
 
 from predictor.profile.counts import BITS, RequestCounts, RunTotals
@@ -87,7 +89,10 @@ def test_tables_go_to_the_log_or_to_a_file_and_a_bad_file_ends_nothing(tmp_path,
             for file in (None, tmp_path / "tables", tmp_path / "none" / "tables")
         ]
         await ask(service, 5)
-        await asyncio.sleep(0.15)
+        tables = tmp_path / "tables"
+        while "count[1]" not in caplog.text or not tables.exists() or "count[1]" not in tables.read_text():
+            await asyncio.sleep(0.02)
+        await asyncio.sleep(0.1)
         assert not any(task.done() for task in tracing)
         for task in tracing:
             task.cancel()
@@ -98,3 +103,40 @@ def test_tables_go_to_the_log_or_to_a_file_and_a_bad_file_ends_nothing(tmp_path,
         assert text.count("Query count[1]") == 1
         assert text.count("TRACER") >= 2
     assert "No such file or directory" in caplog.text
+
+
+@pytest.mark.parametrize("why", ["No such file or directory", "No space left on device"])
+def test_a_file_that_cannot_be_written_is_a_line_when_it_begins_and_one_when_it_is_over(tmp_path, caplog, why):
+    file = tmp_path / "logs" / "tables"
+    file.parent.mkdir()
+    seen = []
+
+    def now():
+        """What is counted, at once; and what becomes of the file meanwhile: gone for the tables 2 to 4, and 7."""
+        seen.append(len(seen))
+        is_bad = seen[-1] in (2, 3, 4, 7)
+        shutil.rmtree(file.parent, ignore_errors=True)
+        if why.startswith("No space"):
+            file.parent.mkdir()
+            if is_bad:
+                file.symlink_to("/dev/full")
+        elif not is_bad:
+            file.parent.mkdir()
+        return snapshot([service])
+
+    async def main():
+        tracing = asyncio.ensure_future(trace(now, 0.001, file))
+        while len(seen) < 10 and not tracing.done():
+            await asyncio.sleep(0.001)
+        tracing.cancel()
+
+    service = service_of(*chain(Add()))
+    asyncio.run(main())
+    lines = [r.getMessage().removeprefix(f"tracer: {file}: ") for r in caplog.records if "tracer" in r.getMessage()]
+    lost = f"{why}; tables are lost until it can be written"
+    assert lines == [
+        lost,
+        "written again, after 3 tables were lost",
+        lost,
+        "written again, after 1 tables were lost",
+    ]
