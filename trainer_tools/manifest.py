@@ -158,6 +158,11 @@ class Manifest(_Strict, frozen=True):
         """Of each dense input that is ragged, the request input INT32 [samples] with its lengths."""
         return {name: f"{name}.lengths" for name, level in self.lod_levels.items() if level}
 
+    def has_fixed_samples(self) -> bool:
+        """Whether the program takes as many samples every time. Then no size of an output counts them."""
+        firsts = [tensor.shape[:1] for tensor in self.inputs] + [(k.feed_shape or [-1])[:1] for k in self.lookups]
+        return [-1] not in firsts
+
     def table_versions(self) -> dict[str, tuple[Version, int]]:
         """Version and dim of each table."""
         return {name: (Version.parse(t.version, f"table {name!r}"), t.dim) for name, t in self.tables.items()}

@@ -4,7 +4,6 @@ Both are run as their files stand: no rewriting of their graphs, one thread. Ids
 inputs are taken from itself, cut off at them.
 """
 
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,9 +14,12 @@ from numpy.typing import NDArray
 from cube.errors import BadData
 from trainer_tools.feeding import Run
 from trainer_tools.manifest import Manifest, Tensor
+from trainer_tools.programs.onnx_ids import IDS_BEYOND
 from trainer_tools.programs.onnx_program import OnnxProgram
+from trainer_tools.programs.program import Outside
 from trainer_tools.proof import Expected, request_of
 from trainer_tools.prune_files import Cut, reads_of
+from trainer_tools.scratch import scratch
 
 _DTYPES = {
     "BOOL": "?", "UINT8": "u1", "UINT16": "u2", "UINT32": "u4", "UINT64": "u8", "INT8": "i1", "INT16": "i2",
@@ -33,10 +35,39 @@ def expected(cut: Cut[OnnxProgram], said: Manifest, samples: int) -> list[Expect
     A program whose inputs have a fixed number of samples runs as often as it takes. Raises BadData where onnxruntime
     cannot run it.
     """
+    return _computed(cut, said, *_batches(cut.trained, cut.program, samples))
+
+
+def outside(cut: Cut[OnnxProgram], said: Manifest, samples: int) -> list[Expected]:
+    """The same, where half of the ids are outside the tables, of lookups whose ops that go gave these a row."""
+    found = [(lookup, cut.program.ids(lookup)) for lookup in cut.lookups]
+    gave = {lookup: ids.outside for lookup, ids in found if ids.outside and ids.outside.read_zeros}
+    kept = {name for lookup, ids in found if lookup not in gave for name in ids.inputs}
+    strays = [(name, lookup) for lookup, ids in found for name in ids.inputs if name not in kept]
+    if not strays:
+        return []
+    size, given = _batches(cut.trained, cut.program, samples)
+    rng = np.random.default_rng(2)
+    for name, lookup in strays:
+        for batch in given:
+            batch[name] = _strayed(batch[name], lookup.rows or 1, gave[lookup], rng)
+    try:
+        return _computed(cut, said, size, given)
+    except BadData:  # what else reads these inputs does not take such ids
+        return []
+
+
+def _computed(cut: Cut[OnnxProgram], said: Manifest, size: int, given: list[dict[str, NDArray[Any]]]) -> list[Expected]:
+    """What the original computes of these inputs, each of so many samples, and the requests for the same."""
     names = [tensor.name for tensor in cut.program.outputs()]
     has_all = {value.name for value in cut.trained.model.graph.output}.issuperset(names)
-    size, given = _batches(cut.trained, cut.program, samples)
-    outputs = _outputs(_original(cut.trained) if has_all else _written(cut.program), given, names)
+    original = _original(cut.trained) if has_all else _written(cut.program)
+    try:
+        outputs = _outputs(original, given, names)
+    except BadData as error:
+        if size > 1:
+            _refuse_if_for_one(original, cut, names, error)
+        raise
     reads = reads_of(cut)
     if arranged := sorted({name for name, _ in reads} - {tensor.name for tensor in cut.program.inputs()}):
         seen = _outputs(_written(cut.program.serving(arranged)), given, arranged)
@@ -104,6 +135,19 @@ def _outputs(
     return [session.run(batch, names) for batch in batches]
 
 
+def _refuse_if_for_one(original: _Session, cut: Cut[OnnxProgram], names: list[str], error: BadData) -> None:
+    """Raise BadData if a program that cannot be run on several samples can be on one: exporters fix sizes unasked."""
+    try:
+        _outputs(original, _batches(cut.trained, cut.program, 1)[1], names)
+    except BadData:
+        return
+    dims = {dim for tensor in cut.trained.inputs() for dim in cut.trained.dims(tensor.name)[:1] if isinstance(dim, str)}
+    said = " ".join(f"--dim_param {dim} --dim_value 1" for dim in sorted(dims) if dim) or "--input_name INPUT ..."
+    recipe = f"python -m onnxruntime.tools.make_dynamic_shape_fixed {said} IN.onnx OUT.onnx"
+    found = f"a program that runs on one sample only, though its inputs say any number: {error.found}"
+    raise BadData(error.place, found, f"one for any number, or whose inputs say 1: {recipe}") from error
+
+
 def _original(program: OnnxProgram) -> _Session:
     """A program as its file stands; if that is large, onnxruntime would hold it twice to begin with."""
     if program.path.stat().st_size < _LARGE:
@@ -113,8 +157,8 @@ def _original(program: OnnxProgram) -> _Session:
 
 def _written(program: OnnxProgram) -> _Session:
     """A program that is in no file as it stands."""
-    with tempfile.TemporaryDirectory(prefix="prune-program.") as scratch:
-        return _Session(Path(scratch) / program.write(Path(scratch)))
+    with scratch() as directory:
+        return _Session(directory / program.write(directory))
 
 
 def _batches(program: OnnxProgram, serving: OnnxProgram, samples: int) -> tuple[int, list[dict[str, NDArray[Any]]]]:
@@ -146,6 +190,15 @@ def _batches(program: OnnxProgram, serving: OnnxProgram, samples: int) -> tuple[
         {t.name: _random_array(t, shapes[t.name], bounds.get(t.name), rng) for t in tensors}
         for _ in range(0, samples, size)
     ]
+
+
+def _strayed(ids: NDArray[Any], rows: int, outside: Outside, rng: np.random.Generator) -> NDArray[Any]:
+    """The same ids, half of them below 0 or beyond a table of so many rows, as the program takes these."""
+    below = -rng.integers(1, min(rows, IDS_BEYOND) + 1, ids.shape)
+    beyond = rows + rng.integers(0, IDS_BEYOND, ids.shape)
+    is_below = (rng.random(ids.shape) < 0.5) & outside.has_below if outside.has_beyond else np.ones(ids.shape, np.bool_)
+    made = np.where(rng.random(ids.shape) < 0.5, ids, np.where(is_below, below, beyond))
+    return np.minimum(made, np.iinfo(ids.dtype).max if ids.dtype.kind == "i" else 1 << 53).astype(ids.dtype)
 
 
 def _bounds(rows: int, added: tuple[int, ...], inner: list[int]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

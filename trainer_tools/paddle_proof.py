@@ -6,7 +6,6 @@ that ids which it arranges from several inputs, and their LoD, need no second im
 
 import json
 import subprocess
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from trainer_tools.programs.paddle import PaddleProgram, padded
 from trainer_tools.programs.program import Lookup
 from trainer_tools.proof import Expected, request_of
 from trainer_tools.prune_files import Cut, reads_of
+from trainer_tools.scratch import scratch
 
 _DTYPES = {
     "BOOL": "?", "UINT8": "u1", "INT8": "i1", "INT16": "i2", "INT32": "i4", "INT64": "i8", "FP16": "f2", "FP32": "f4",
@@ -75,9 +75,9 @@ def _observed(
     outputs = [tensor.name for tensor in serving.outputs()]
     ids = dict.fromkeys(lookup.ids for lookup in lookups if lookup.ids not in outputs)
     program = serving.fetching(list(ids))
-    with tempfile.TemporaryDirectory(prefix="prune-program.") as scratch:
-        program.write(Path(scratch))
-        return _run(python, program, Path(scratch), {t.name: given[t.name] for t in program.inputs()})
+    with scratch() as directory:
+        program.write(directory)
+        return _run(python, program, directory, {t.name: given[t.name] for t in program.inputs()})
 
 
 def _of_type(value: Any, dtype: str) -> Any:
@@ -132,7 +132,7 @@ def _random_inputs(program: PaddleProgram, serving: PaddleProgram, samples: int,
 def _run(python: str, program: PaddleProgram, place: Path, given: Mapping[str, Any]) -> dict[str, Any]:
     """The outputs of one run by Paddle, given arrays, and Sequences of ragged ones, which it answers in too."""
     names = [tensor.name for tensor in program.outputs()]
-    with tempfile.TemporaryDirectory(prefix="prune-program.") as scratch:
+    with scratch() as directory:
         lods = {name: [value.offsets.tolist()] for name, value in given.items() if isinstance(value, Sequences)}
         job = {
             "program": str(place / program.path.name if program.combined else place),
@@ -140,10 +140,10 @@ def _run(python: str, program: PaddleProgram, place: Path, given: Mapping[str, A
             "inputs": [{"name": name, "lod": lods.get(name, [])} for name in given],
             "outputs": names,
         }
-        (Path(scratch) / "job.json").write_text(json.dumps(job))
+        (directory / "job.json").write_text(json.dumps(job))
         for number, value in enumerate(given.values()):
-            np.save(Path(scratch) / f"in-{number}.npy", padded(*value) if isinstance(value, Sequences) else value)
-        line = [python, paddle_runner.__file__, scratch]
+            np.save(directory / f"in-{number}.npy", padded(*value) if isinstance(value, Sequences) else value)
+        line = [python, paddle_runner.__file__, str(directory)]
         try:
             done = subprocess.run(line, capture_output=True, text=True, errors="replace", timeout=_TIMEOUT_S)
         except (OSError, subprocess.TimeoutExpired) as error:
@@ -152,8 +152,8 @@ def _run(python: str, program: PaddleProgram, place: Path, given: Mapping[str, A
             said = [line for line in done.stderr.splitlines() if "Error" in line] or done.stderr.splitlines() or [""]
             found = f"Paddle could not run {program.path.name} (exit {done.returncode}: {said[-1][:200]})"
             raise BadData("proof", found, "a program it runs; --verify 0 writes without proof")
-        levels = json.loads((Path(scratch) / "lods.json").read_text())
-        arrays = [np.load(Path(scratch) / f"out-{number}.npy") for number in range(len(names))]
+        levels = json.loads((directory / "lods.json").read_text())
+        arrays = [np.load(directory / f"out-{number}.npy") for number in range(len(names))]
         return {n: _made(array, lod) for n, array, lod in zip(names, arrays, levels, strict=True)}
 
 

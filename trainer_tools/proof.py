@@ -3,7 +3,7 @@
 Requests are those that a predictor gets, and feeding makes of them what it makes: what is proven is what is served.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from math import prod
 from typing import Any, NamedTuple
 
@@ -36,6 +36,24 @@ def compare(case: Expected, run: Run, manifest: Manifest, rows_of: RowsOf, pool:
     for one, other in zip(case.outputs, after, strict=True):
         worst = worst.or_larger(_apart(one, other))
     return worst
+
+
+def check_steady(place: str, expected: Callable[[], Sequence[Expected]], random_ops: Sequence[str]) -> None:
+    """Raise BadData for a program that computes something else of the same samples each time.
+
+    place: of the program. expected: what it computes, of the same samples whenever it is called. random_ops: that it
+    has, for people; runtimes may give these the same seed in every session, so their presence is enough.
+    """
+    recipe = "one exported to serve: after model.eval(), of Paddle after clone(for_test=True)"
+    if random_ops:
+        ops = ", ".join(random_ops)
+        raise BadData(place, f"a program whose own outputs differ from run to run (random ops: {ops})", recipe)
+    worst = Difference()
+    for first, second in zip(expected(), expected(), strict=True):
+        for one, other in zip(first.outputs, second.outputs, strict=True):
+            worst = worst.or_larger(_apart(one, other))
+    if not worst.is_rounding:
+        raise BadData(place, f"a program whose own outputs differ from run to run, by {worst.largest:g}", recipe)
 
 
 class Read(NamedTuple):
@@ -78,7 +96,11 @@ def request_of(
 
 
 def keys_of(ids: NDArray[Any], keys: NDArray[np.uint64], rng: np.random.Generator) -> NDArray[np.uint64]:
-    """The keys that stand for ids; for ids without a key, ones that nothing is kept under."""
+    """The keys that stand for ids; for ids without a key, ones that nothing is kept under.
+
+    ids: whole numbers, also as floats.
+    """
+    ids = ids.astype(np.int64) if ids.dtype.kind == "f" else ids
     made: NDArray[np.uint64] = keys[np.clip(ids, 0, keys.size - 1)]
     unknown = (ids < 0) | (ids >= keys.size)
     if unknown.any():
@@ -97,7 +119,7 @@ def _check_samples(case: Expected, manifest: Manifest) -> None:
     for tensor, value in zip(manifest.outputs, case.outputs, strict=True):
         if isinstance(value, Sequences):
             counts[f"output {tensor.name!r}"] = len(value.offsets) - 1
-        elif tensor.shape[:1] == [-1]:
+        elif tensor.shape[:1] == [-1] and not manifest.has_fixed_samples():
             counts[f"output {tensor.name!r}"] = len(np.atleast_1d(value))
     if len(set(counts.values())) > 1:
         found = ", ".join(f"{count} in {name}" for name, count in counts.items())

@@ -5,6 +5,7 @@ Unix seconds.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Generic, Literal, NamedTuple, Protocol, Self, TypeVar
 
@@ -16,10 +17,10 @@ from cube.publish import publishing
 from cube.version import Version
 from trainer_tools import accuracy, manifest, proof
 from trainer_tools.export_rows import CUBE_DIRECTORY
-from trainer_tools.feeding import Run, rows_in
+from trainer_tools.feeding import RowsOf, Run, rows_in
 from trainer_tools.manifest import Manifest
 from trainer_tools.programs import servable
-from trainer_tools.programs.program import Candidate, Ids, Lookup, TrainedProgram, chosen, decide
+from trainer_tools.programs.program import Candidate, Ids, Lookup, TrainedProgram, chosen, decide, readers
 from trainer_tools.proof import Expected, Read
 from trainer_tools.pruning import Difference, Options, Report, drawn
 from trainer_tools.tables import Table, are_row_numbers, export, sign_vectors, tables_of
@@ -50,8 +51,11 @@ class FileProgram(TrainedProgram, Protocol):
     def alike(self) -> list[list[str]]:
         """Groups of ragged inputs of which a sample has to have as much in each as in any other."""
 
-    def check_inputs(self, names: Sequence[str]) -> None:
-        """Raise BadData for inputs of which a predictor could not tell samples apart."""
+    def check_inputs(self, names: Sequence[str], readers: Mapping[str, Sequence[str]]) -> None:
+        """Raise BadData for inputs of which a predictor could not tell samples apart.
+
+        readers: of an input, the lookups that stay and read it, for people.
+        """
 
     def holds(self, table: str) -> bool:
         """Whether the program stores a table."""
@@ -81,6 +85,8 @@ class Prover(NamedTuple):
     missing: str  # why nothing is compared; empty if something is
     expected: Callable[[Manifest, int], list[Expected]]  # of so many random samples, by the original
     runs: Callable[[Path], Run] | None  # the pruned program, in its directory; None: nothing here runs it
+    # the same as expected, of ids outside the tables, of lookups that gave these a row; none where no lookup did
+    outside: Callable[[Manifest, int], list[Expected]] = lambda said, samples: []
 
 
 def cut_of(place: Path, trained: P, options: Options) -> Cut[P]:
@@ -105,7 +111,10 @@ def prune(cut: Cut[P], out: Path, options: Options, prover: Prover) -> Report:
         tables = export(program, cut.tables, paddings, draft, Version(version), options.drop_zero_rows)
         said = _manifest(cut, version, tables, file, options)
         manifest.write(said, draft / manifest.MANIFEST_FILE)
-        compared, difference = _compare(said, directory, draft, options, prover)
+        compared, difference, outside = _compare(said, directory, draft, options, prover)
+        if not difference.is_rounding:
+            again = partial(prover.expected, said, options.verify_samples)
+            proof.check_steady(str(cut.trained.path), again, cut.trained.random_ops())
         difference.check(out)
         run = prover.runs(directory) if prover.runs and options.wanted.data else None
         measured = accuracy.settle(draft, out, said, options.wanted, run)
@@ -124,6 +133,7 @@ def prune(cut: Cut[P], out: Path, options: Options, prover: Prover) -> Report:
         compared=compared,
         largest_difference=difference.largest,
         largest_ulps=difference.ulps,
+        largest_outside=outside and outside.largest,
         unproven=prover.missing,
         row_format=options.wanted.row_format.text,
         accuracy=measured,
@@ -136,23 +146,37 @@ def reads_of(cut: Cut[P]) -> list[Read]:
     return [Read(cut.program.ids(lookup).reads, cut.tables[lookup.table].keys) for lookup in cut.lookups]
 
 
-def _compare(said: Manifest, directory: Path, draft: Path, options: Options, prover: Prover) -> tuple[int, Difference]:
-    """On how many samples the original and pruned + rows were compared, and how far they are apart."""
+def _compare(
+    said: Manifest, directory: Path, draft: Path, options: Options, prover: Prover
+) -> tuple[int, Difference, Difference | None]:
+    """On how many samples the original and pruned + rows were compared, and how far they are apart.
+
+    Last: how far on ids outside the tables, where ops that went gave these a row.
+    """
     if prover.missing or prover.runs is None:
-        return 0, Difference()
+        return 0, Difference(), None
     cases = prover.expected(said, options.verify_samples)
+    outside = prover.outside(said, options.verify_samples)
     # only then: the original maps or holds every table, and so does the cube
     run, rows = prover.runs(directory), rows_in(LocalCube(draft / CUBE_DIRECTORY))
+    worst, strays = (_worst(some, run, said, rows) for some in (cases, outside))
+    return sum(case.samples for case in cases), worst, strays if outside else None
+
+
+def _worst(cases: Sequence[Expected], run: Run, said: Manifest, rows: RowsOf) -> Difference:
     worst = Difference()
     for case in cases:
         worst = worst.or_larger(proof.compare(case, run, said, rows))
-    return sum(case.samples for case in cases), worst
+    return worst
 
 
 def _manifest(cut: Cut[P], version: int, tables: dict[str, manifest.Table], file: Path, options: Options) -> Manifest:
     pruned, feeds = cut.pruned, {lookup.feed for lookup in cut.lookups}
     inputs = [tensor for tensor in pruned.inputs() if tensor.name not in feeds]
-    cut.program.check_inputs([tensor.name for tensor in inputs])
+    cut.program.check_inputs(
+        [tensor.name for tensor in inputs],
+        readers(cut.candidates, lambda k: [k.ids] if k.obstacle else cut.program.ids(k).inputs),
+    )
     sign = SIGN_RULE if options.vocabularies else "none"
     said = Manifest(
         schema=1,
@@ -234,6 +258,7 @@ def _noted(candidate: Candidate, cut: Cut[P]) -> Candidate:
         ids = cut.program.ids(lookup)
         reason += f"; ids arranged from {', '.join(ids.inputs)}" if ids.inputs != [lookup.ids] else ""
         reason += f"; {', '.join(map(str, ids.added))} added to ids" if ids.added not in ((), (0,)) else ""
+        reason += f"; {ids.outside.told}" if ids.outside else ""
         reason += servable.fixed_note(next(t.shape for t in cut.pruned.inputs() if t.name == lookup.feed))
     if candidate.is_cut and cut.pruned.holds(lookup.table):
         reason += "; the table stays too, for other ops read it"

@@ -22,5 +22,6 @@ def prune(place: Path, out: Path, options: Options) -> Report:
     has_runtime = importlib.util.find_spec("onnxruntime") is not None
     missing = "" if has_runtime else "no onnxruntime here: pip install 'cube-serving[onnx]'"
     runs = partial(onnx_proof.runs, cut.pruned) if has_runtime else None
-    prover = Prover(missing if options.verify_samples else "--verify 0", partial(onnx_proof.expected, cut), runs)
+    missing = missing if options.verify_samples else "--verify 0"
+    prover = Prover(missing, partial(onnx_proof.expected, cut), runs, partial(onnx_proof.outside, cut))
     return prune_files.prune(cut, out, options, prover)

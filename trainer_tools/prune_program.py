@@ -10,6 +10,7 @@ model/ with a torch.export program, signature.json and vocabularies, or with a P
 import argparse
 import errno
 import importlib.util
+import os
 import signal
 import sys
 import threading
@@ -100,8 +101,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that drafts go away
     directory = Path(args.directory)
-    beside = directory if directory.name not in ("", "..") else directory.resolve()
-    out = Path(args.out) if args.out else beside.parent / f"{beside.name}.pruned"
+    out = Path(args.out) if args.out else _beside(directory)
     try:
         if args.svg:
             _check_picture(Path(args.svg))
@@ -128,6 +128,18 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"prune-program: {_not_written(error, Path(args.svg), '--svg')}", file=sys.stderr)
             return 1
     return 0
+
+
+def _beside(place: Path) -> Path:
+    """Where the result goes if nobody says: beside the model's directory, also where a file in it was named.
+
+    With that file's name then, for it is named where it is one of several.
+    """
+    if place.is_file():
+        place = Path(os.path.abspath(place))  # of a link, where it lies: not where it leads
+        return place.parent.parent / f"{place.parent.name}.{place.stem}.pruned"
+    place = place if place.name not in ("", "..") else place.resolve()
+    return place.parent / f"{place.name}.pruned"
 
 
 def _check_picture(file: Path) -> None:
@@ -167,7 +179,10 @@ def _parser() -> argparse.ArgumentParser:
         "(__model__ or *.pdmodel) with its parameters, or an ONNX program (*.onnx); or the program's file itself",
     )
     parser.add_argument(
-        "--out", metavar="DIR", help="where to write (default: DIR.pruned); what prune-program wrote there is replaced"
+        "--out",
+        metavar="DIR",
+        help="where to write (default: DIR.pruned, and DIR.NAME.pruned for the file DIR/NAME.onnx, beside DIR); what "
+        "prune-program wrote there is replaced",
     )
     which = parser.add_argument_group("which lookups go (NAME: of a lookup or a table; may be repeated)")
     which.add_argument(

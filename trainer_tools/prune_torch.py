@@ -4,6 +4,7 @@ import gc
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +23,7 @@ from trainer_tools.export_rows import CUBE_DIRECTORY
 from trainer_tools.feeding import Run
 from trainer_tools.manifest import Manifest
 from trainer_tools.programs import servable, torch_export
-from trainer_tools.programs.program import Candidate, chosen, decide
+from trainer_tools.programs.program import Candidate, chosen, decide, readers
 from trainer_tools.programs.torch_export import PROGRAM_FILE, TorchProgram
 from trainer_tools.proof import Expected
 from trainer_tools.pruning import Difference, Options, Report, drawn
@@ -48,6 +49,8 @@ def prune(directory: Path, out: Path, options: Options) -> Report:
         # the proof reads back what was written, not what is in memory
         run = torch_proof.runs(torch_export.load(draft / PROGRAM_FILE))
         compared, worst = _compare(half, run, LocalCube(draft / CUBE_DIRECTORY), options)
+        if not worst.is_rounding:
+            _check_steady(directory, half.manifest, options)
         worst.check(out)
         measured = accuracy.settle(draft, out, half.manifest, options.wanted, run, torch_proof.pool)
     return replace(
@@ -81,7 +84,7 @@ def _halve(directory: Path, out: Path, draft: Path, options: Options) -> _Half:
     lookups = chosen(candidates, str(trained.source))
     cuts = cuts_of(trained, lookups, options.vocabularies)
     pruned = trained.program.cut(lookups)
-    _check_inputs(trained.program, pruned)
+    _check_inputs(trained.program, pruned, candidates)
     if torch_export.is_stateful(pruned.program):
         found = "a program that changes its own parameters (max_norm), buffers or inputs in every run"
         raise BadData(
@@ -116,12 +119,14 @@ def _halve(directory: Path, out: Path, draft: Path, options: Options) -> _Half:
     )
 
 
-def _check_inputs(program: TorchProgram, pruned: TorchProgram) -> None:
+def _check_inputs(program: TorchProgram, pruned: TorchProgram, candidates: Sequence[Candidate]) -> None:
     """Raise BadData where an input that is left cannot be parted by samples."""
     left = {tensor.name for tensor in pruned.inputs()}
+    found = {found.name: found for found in program.found}
+    stay = readers(candidates, lambda k: [*found[k.name].inputs, *found[k.name].of_bags()])
     for tensor in program.inputs():
         if tensor.name in left:
-            servable.check_input(tensor.name, program.shape(tensor.name), program.samples)
+            servable.check_input(tensor.name, program.shape(tensor.name), program.samples, stay.get(tensor.name, ()))
 
 
 def _decided(trained: Trained, options: Options) -> list[Candidate]:
@@ -285,6 +290,15 @@ def _compare(half: _Half, run: Run, cube: LocalCube, options: Options) -> tuple[
             compared += case.samples
             bar.update(case.samples)
     return compared, worst
+
+
+def _check_steady(directory: Path, result: Manifest, options: Options) -> None:
+    """Raise BadData for a program that computes something else of the same samples each time."""
+    trained = _read(directory, options)
+    cuts = cuts_of(trained, chosen(_decided(trained, options), str(trained.source)), options.vocabularies)
+    original, keyed = Original(trained.program), [Keyed(cut.found, cut.table.keys) for cut in cuts]
+    again = partial(torch_proof.expected, original, result, keyed, max(1, options.verify_samples))
+    proof.check_steady(str(trained.source), again, trained.program.random_ops())
 
 
 def _criteo_inputs(original: Original, cuts: Sequence[Keyed], result: Manifest, lines: Path) -> Iterator[Inputs]:

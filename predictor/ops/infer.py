@@ -10,6 +10,7 @@ from cube.errors import BadConfig, Internal
 from predictor.engines.engine import Engine
 from predictor.ops.op import Batch, Op, Outputs, Port, Ragged, Value
 from predictor.rows import join_rows, slice_rows
+from trainer_tools.manifest import Tensor
 
 NanPolicy = Literal["pass", "replace", "fail"]
 NAN_POLICIES: tuple[NanPolicy, ...] = ("pass", "replace", "fail")
@@ -29,15 +30,18 @@ class Infer(Op):
             raise BadConfig("threads and part_rows", f"{threads} and {part_rows}", "at least 0 and 1")
         self._engine, self._nan, self._part_rows = engine, nan, part_rows
         self._takes = [tensor.name for tensor in engine.inputs]
-        lods = engine.lod_levels
-        self._makes = {t.name: Port(t.datatype, tuple(t.shape), ragged=bool(lods.get(t.name))) for t in engine.outputs}
+        # A program that takes as many rows every time may make any number of marks of them, as taggers do of a sentence
+        is_fixed = not any(port.goes_by_rows for port in self.wanted().values())
+        self._makes = {
+            name: port._replace(per_row=0) if is_fixed and not port.ragged else port
+            for name, port in _ports(engine.outputs, engine.lod_levels).items()
+        }
         self._ports: Mapping[str, Port] = {}
         self._threads = ThreadPoolExecutor(threads, "infer") if threads > 1 else None
 
     def wanted(self) -> Mapping[str, Port]:
         """The program's inputs."""
-        lods = self._engine.lod_levels
-        return {t.name: Port(t.datatype, tuple(t.shape), ragged=bool(lods.get(t.name))) for t in self._engine.inputs}
+        return _ports(self._engine.inputs, self._engine.lod_levels)
 
     def bind(self, inputs: Mapping[str, Port]) -> Mapping[str, Port]:
         """See Op. A feed may have an entry for each slot of each row; only it knows."""
@@ -87,6 +91,10 @@ class Infer(Op):
                 raise Internal(f"output {name!r}{list(at)}: found {value[at]}, expected a number")
             settled = np.where(np.isfinite(value), value, value.dtype.type(0))
             outputs[name] = Ragged(settled, made.offsets) if isinstance(made, Ragged) else settled
+
+
+def _ports(tensors: Sequence[Tensor], lod_levels: Mapping[str, int]) -> dict[str, Port]:
+    return {t.name: Port(t.datatype, tuple(t.shape), ragged=bool(lod_levels.get(t.name))) for t in tensors}
 
 
 def _ragged(made: Any) -> Any:

@@ -47,16 +47,17 @@ class Port(NamedTuple):
     datatype: str  # as KServe names it
     shape: tuple[int, ...] = (-1,)  # -1: varies. If the first one varies it goes by the rows of the batch
     ragged: bool = False  # a Ragged, `shape` is that of its values, and its bags go by the rows of the batch
-    per_row: int = 1  # entries of the first dimension (or bags) for each row of the batch
+    # Entries of the first dimension (or bags) for each row of the batch. 0: that dimension varies, and counts no rows
+    per_row: int = 1
 
     def __str__(self) -> str:
-        per_row = "" if self.per_row == 1 else f", {self.per_row} a row"
+        per_row = "" if self.per_row <= 1 else f", {self.per_row} a row"
         return f"{'ragged ' if self.ragged else ''}{self.datatype} {shape_text(self.shape)}{per_row}"
 
     @property
     def goes_by_rows(self) -> bool:
         """Whether a part of the rows has a part of the value, so that batches can be merged and split."""
-        return self.ragged or self.shape[:1] == (-1,)
+        return self.per_row > 0 and (self.ragged or self.shape[:1] == (-1,))
 
     def misfit(self, value: Any, rows: int) -> str:
         """How a value is not what the port holds, for a batch of so many rows; empty if it is."""
@@ -64,7 +65,7 @@ class Port(NamedTuple):
             if not isinstance(value, Ragged):
                 return f"{type(value).__name__}, not a Ragged"
             return _misfit_offsets(value, rows * self.per_row) or _misfit(value.values, self.datatype, self.shape, -1)
-        return _misfit(value, self.datatype, self.shape, rows * self.per_row)
+        return _misfit(value, self.datatype, self.shape, rows * self.per_row if self.per_row else -1)
 
 
 def _misfit_offsets(value: Ragged, bags: int) -> str:

@@ -207,6 +207,24 @@ def test_what_becomes_of_outputs_that_are_no_numbers(policy, expected):
         np.testing.assert_array_equal(op.run(given)["y"][:, 0], np.array(expected, np.float32))
 
 
+class Marks(Doubler):
+    """A tagger of one sentence: a mark for each of its words."""
+
+    inputs, outputs = [Tensor("x", "FP32", [1, -1])], [Tensor("y", "FP32", [-1])]
+
+    def run(self, feeds):
+        return [2 * feeds[0][0]]
+
+
+def test_what_a_fixed_number_of_rows_makes_may_have_any_size():
+    op = Infer(Marks())
+    (port,) = op.bind({"x": Port("FP32", (1, -1))}).values()
+    made = op.run(batch(1, x=np.ones((1, 5), np.float32)))["y"]
+    assert (made.shape, port.misfit(made, 1), port.goes_by_rows, str(port)) == ((5,), "", False, "FP32 [-1]")
+    assert port.misfit(made[:, None], 1) == "shape [5, 1]"
+    assert Infer(Doubler()).bind({"x": Port("FP32", (-1, 2))})["y"].misfit(np.ones((5, 2), np.float32), 1) != ""
+
+
 @pytest.mark.parametrize(
     ("port", "message"),
     [

@@ -1,12 +1,16 @@
 """prune-program on ONNX programs: made by hand, exported by torch, quantised by onnxruntime, which proves each cut."""
 
+import errno
 import hashlib
+import itertools
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+import tempfile
+import types
 import warnings
 from pathlib import Path
 
@@ -157,9 +161,10 @@ def test_ids_that_ops_only_move_about_are_an_input_of_the_request_as_arranged(tm
     place = made(tmp_path / "m", [*nodes, look, SUM], constants, inputs)
     report, said, program = pruned(place, tmp_path, verify_samples=20)
     assert report.largest_difference == 0
-    arranged = ["ids", "more"] if how == "Concat" else ["ids"]
-    assert report.candidates[0].reason == f"2,000 rows of 4; ids arranged from {', '.join(arranged)}"
-    assert (said.lookups[0].keys, said.lookups[0].arranged_from) == ("p", arranged)
+    arranged = {"Concat": ["ids", "more"], "Cast": [], "Identity": []}.get(how, ["ids"])
+    told = f"; ids arranged from {', '.join(arranged)}" if arranged else ""
+    assert report.candidates[0].reason == f"2,000 rows of 4{told}"
+    assert (said.lookups[0].keys, said.lookups[0].arranged_from) == ("p" if arranged else "ids", arranged)
     assert said.lookups[0].feed_shape == [*shape, DIM]
     assert [t.name for t in program.inputs()] == ["e"]
 
@@ -207,6 +212,88 @@ def test_a_program_of_a_fixed_number_of_samples_is_served_as_it_is(tmp_path, siz
     assert f"takes {samples} at a time, and no requests are merged: export it with" in report.candidates[0].reason
     assert said.lookups[0].feed_shape == [sizes[0], -1 if sizes[1] == "time" else 3, DIM]
     assert [t.name for t in program.inputs()] == ["x", "e"]
+
+
+def test_a_mark_for_each_word_of_one_sentence_is_served_a_request_at_a_time(tmp_path):
+    """As taggers put it out that are exported for one sentence: no size of the output counts samples."""
+    inputs = [value("ids", [1, 2, "length"], TensorProto.INT64)]
+    nodes = [
+        helper.make_node("Gather", ["ids", "first"], ["words"], axis=1),
+        helper.make_node("Gather", ["ids", "second"], ["kinds"], axis=1),
+        helper.make_node("Gather", ["t", "words"], ["e"]),
+        helper.make_node("Gather", ["u", "kinds"], ["f"]),
+        helper.make_node("Mul", ["e", "f"], ["p"]),
+        helper.make_node("ReduceSum", ["p", "ends"], ["y"], keepdims=0),
+    ]
+    tensors = {
+        "t": TABLE,
+        "u": TABLE[::-1].copy(),
+        "first": np.int64(0),
+        "second": np.int64(1),
+        "ends": np.array([0, 2]),
+    }
+    place = made(tmp_path / "m", nodes, tensors, inputs, [value("y", ["length"])])
+    report, said, _ = pruned(place, tmp_path, verify_samples=20)
+    assert (report.compared, report.largest_difference) == (20, 0)
+    assert [t.shape for t in said.outputs] == [[-1]]
+    original = onnxruntime.InferenceSession(place / "m.onnx", providers=["CPUExecutionProvider"])
+    sentences = [np.random.default_rng(n).integers(0, ROWS, (1, 2, n)) for n in (7, 1, 30)]
+    lane, answers = served(
+        tmp_path / "out",
+        *({"words": s[:, 0].astype(np.uint64), "kinds": s[:, 1].astype(np.uint64)} for s in sentences),
+    )
+    assert not lane.batcher.limits.is_on
+    for sentence, answer in zip(sentences, answers, strict=True):
+        (marks,) = original.run(None, {"ids": sentence})
+        assert marks.shape == answer.outputs["y"].shape == sentence.shape[2:]
+        assert np.allclose(answer.outputs["y"], marks, rtol=1e-5, atol=1e-6)
+
+
+def test_words_that_count_as_samples_and_look_at_their_neighbours_are_served_a_request_at_a_time(tmp_path):
+    """A tagger of [length, 2]: nothing tells words from samples but that answers change in company."""
+    nodes = [
+        LOOK,
+        helper.make_node("ReduceSum", ["e", "inner"], ["s"], keepdims=0),
+        helper.make_node("CumSum", ["s", "nought"], ["y"]),
+    ]
+    tensors = {"t": TABLE, "inner": np.array([1, 2]), "nought": np.int64(0)}
+    inputs = [value("ids", ["length", 2], TensorProto.INT64)]
+    place = made(tmp_path / "m", nodes, tensors, inputs, [value("y", ["length"])])
+    assert pruned(place, tmp_path)[0].largest_difference == 0
+    sentences = [np.random.default_rng(n).integers(0, ROWS, (n, 2)) for n in (5, 2, 9)]
+    lane, answers = served(tmp_path / "out", *({"ids": ids.astype(np.uint64)} for ids in sentences))
+    assert not lane.batcher.limits.is_on
+    for ids, answer in zip(sentences, answers, strict=True):
+        assert np.allclose(answer.outputs["y"], np.cumsum(TABLE[ids].sum((1, 2))), rtol=1e-4, atol=1e-4)
+
+
+def test_an_output_in_which_samples_do_not_come_first_is_named_with_its_shape_and_the_way_out(tmp_path):
+    turn = helper.make_node("Transpose", ["e"], ["y"], perm=[1, 0, 2])
+    outputs = [value("y", ["time", "n", DIM])]
+    inputs = [value("ids", ["n", "time"], TensorProto.INT64), value("x", ["n", 3])]
+    same = helper.make_node("Identity", ["x"], ["z"])
+    more = [*outputs, value("z", ["n", 3]), value("w", ["n", 3])]
+    nodes = [LOOK, turn, same, helper.make_node("Identity", ["x"], ["w"])]
+    place = made(tmp_path / "m", nodes, {"t": TABLE}, inputs, more)
+    ((_, is_cut, reason),) = reasons(place)
+    assert not is_cut
+    assert reason.startswith("output 'y' has shape [time, samples, 4], in which samples do not come first: export it")
+    assert "--fetch" in reason
+
+
+def test_a_program_that_runs_on_one_sample_whatever_it_says_is_told_how_to_say_so(tmp_path):
+    """Exporters write sizes of their example into programs whose inputs may have any."""
+    shape = helper.make_node("Reshape", ["e", "shape"], ["y"])
+    inputs = [value("ids", ["batch", 3], TensorProto.INT64)]
+    tensors = {"t": TABLE, "shape": np.array([1, 3 * DIM])}
+    place = made(tmp_path / "m", [LOOK, shape], tensors, inputs, [value("y", [1, 3 * DIM])])
+    with pytest.raises(BadData, match=r"one sample only, though .*make_dynamic_shape_fixed --dim_param batch --dim_v"):
+        prune(place, tmp_path / "out", Options(verify_samples=20))
+    command = [sys.executable, "-m", "onnxruntime.tools.make_dynamic_shape_fixed", "--dim_param", "batch"]
+    (tmp_path / "one").mkdir()
+    files = [place / "m.onnx", tmp_path / "one/m.onnx"]
+    subprocess.run([*command, "--dim_value", "1", *files], check=True, capture_output=True)
+    assert pruned(tmp_path / "one", tmp_path, verify_samples=20)[0].largest_difference == 0
 
 
 def test_ids_that_are_hashed_into_the_table_stay(tmp_path):
@@ -304,7 +391,49 @@ def test_arithmetic_that_leaves_every_id_of_the_table_as_it_is_stands_in_no_ones
     else:
         report, said, _ = pruned(place, tmp_path, verify_samples=50)
         assert report.largest_difference == 0
-        assert (said.lookups[0].keys, said.lookups[0].arranged_from) == ("p", ["ids"])
+        assert (said.lookups[0].keys, said.lookups[0].arranged_from) == ("ids", [])
+        told = {
+            "where": "ops Add, Less, Where gave ids below 0 rows from the end: they read zeros now",
+            "sum": "ops Add, Less, Mul, Not gave ids below 0 rows from the end: they read zeros now",
+            "clip": "op Clip gave ids below 0 row 0 and ids from 2,000 row 1,999: they read zeros now",
+        }
+        assert report.candidates[0].reason == f"2,000 rows of 4; {told[kind]}"
+        assert report.largest_outside > 0
+        outside = f"; on ids outside the tables, which read zeros now, {report.largest_outside:g}"
+        assert outside in str(report)
+        as_json = json.loads(report.json())
+        assert as_json["proof"]["largest_outside"] == report.largest_outside
+        assert told[kind] in as_json["lookups"][0]["reason"]
+
+
+@pytest.mark.parametrize("how", ["turned about", "added to"])
+def test_what_is_done_to_ids_outside_before_a_request_holds_them_is_told(tmp_path, how):
+    """The request holds ids as the program arranges them, so nothing changes if it does that too."""
+    nodes = [helper.make_node("Clip", ["ids", "zero", "last"], ["p"])]
+    then = [helper.make_node("Transpose", ["p"], ["q"], perm=[0, 1])]
+    if how == "added to":
+        then = [helper.make_node("Add", ["p", "seven"], ["q"])]
+    look = helper.make_node("Gather", ["t", "q"], ["e"])
+    tensors = {"t": TABLE, "zero": np.int64(0), "last": np.int64(ROWS - 1), "seven": np.int64(7)}
+    report, said, _ = pruned(made(tmp_path / "m", [*nodes, *then, look, SUM], tensors), tmp_path, verify_samples=20)
+    told = "op Clip gave ids below 0 row 0 and ids from 2,000 row 1,999, as whoever arranges the ids has to do"
+    added = "; 7 added to ids" if how == "added to" else ""
+    assert report.candidates[0].reason == f"2,000 rows of 4; ids arranged from ids{added}; {told}"
+    assert said.lookups[0].keys != "ids"
+    assert report.largest_outside is None
+
+
+def test_ids_that_are_clipped_may_be_floats(tmp_path):
+    nodes = [helper.make_node("Cast", ["ids"], ["q"], to=TensorProto.INT64)]
+    nodes += [
+        helper.make_node("Clip", ["q", "zero", "last"], ["p"]),
+        helper.make_node("Gather", ["t", "p"], ["e"]),
+        SUM,
+    ]
+    tensors = {"t": TABLE, "zero": np.int64(0), "last": np.int64(ROWS - 1)}
+    report, said, _ = pruned(made(tmp_path / "m", nodes, tensors, [value("ids", ["n", 3])]), tmp_path)
+    assert (report.largest_difference, said.lookups[0].keys) == (0, "ids")
+    assert report.largest_outside > 0
 
 
 SCALES = np.random.default_rng(2).random(ROWS).astype("f4") + 0.1
@@ -1032,6 +1161,30 @@ def test_a_full_disk_leaves_nothing(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["m"]
 
 
+def test_a_full_disk_of_temporary_files_is_told_from_a_full_disk_of_results(tmp_path, command, monkeypatch):
+    """Rows that the program stores otherwise are computed into $TMPDIR."""
+    look = [helper.make_node("DequantizeLinear", ["q", "s"], ["t"]), LOOK, SUM]
+    place = made(tmp_path / "m", look, {"q": np.ones((ROWS, DIM), np.int8), "s": np.float32(0.5)})
+    (tmp_path / "scratch").mkdir()
+
+    def full(array, *args, **more):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def temporary(prefix):
+        return real(prefix=prefix, dir=tmp_path / where)
+
+    where, real = "scratch", tempfile.mkdtemp
+    monkeypatch.setattr("trainer_tools.scratch.tempfile", types.SimpleNamespace(mkdtemp=temporary))
+    monkeypatch.setattr("trainer_tools.programs.onnx_rows.np.ascontiguousarray", full)
+    failed = command("prune-program", place, "--verify", "0")
+    said = f"temporary files in {tmp_path / 'scratch'}: found No space left on device"
+    assert failed.stderr == f"prune-program: {said}, expected a directory with more room: TMPDIR\n"
+    where = "nowhere"
+    failed = command("prune-program", place, "--verify", "0")
+    assert "temporary files: found No such file or directory, expected a directory to write to: TMPDIR" in failed.stderr
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["m", "m.onnx", "scratch"]
+
+
 @pytest.fixture(scope="session")
 def plain(tmp_path_factory):
     """The bytes of a small program with much in it."""
@@ -1078,6 +1231,36 @@ def test_a_wrong_row_shows_in_the_proof(tmp_path, monkeypatch, wrong):
     with pytest.raises(DataCorrupt, match=r"proof: found outputs that differ by .*nothing was written"):
         prune(place, tmp_path / "out")
     assert [p.name for p in tmp_path.iterdir()] == ["m"]
+
+
+NOISE = helper.make_node("RandomNormalLike", ["e"], ["r"])
+RANDOM = {
+    "Dropout (y)": [helper.make_node("Dropout", ["e", "half", "yes"], ["y"])],
+    "RandomNormalLike (r)": [NOISE, helper.make_node("Add", ["e", "r"], ["y"])],
+}
+
+
+@pytest.mark.parametrize("op", RANDOM)
+def test_a_program_that_computes_something_else_in_every_run_is_told_from_a_wrong_result(tmp_path, op):
+    constants = {"t": TABLE, "half": np.float32(0.5), "yes": np.array(True)}
+    place = made(tmp_path / "m", [LOOK, *RANDOM[op]], constants, outputs=[value("y", ["n", 3, DIM])])
+    why = rf"a program whose own outputs differ from run to run \(random ops: {re.escape(op)}\)"
+    message = f"m.onnx: found {why}, expected one exported to serve: after model.eval"
+    refused(place, tmp_path, message, Options(verify_samples=9))
+    off = {**constants, "yes": np.array(False)}
+    place = made(tmp_path / "off", [LOOK, RANDOM["Dropout (y)"][0]], off, outputs=[value("y", ["n", 3, DIM])])
+    assert onnx_program.load(place).random_ops() == []
+
+
+def test_a_program_that_differs_from_run_to_run_for_no_reason_we_know_is_told_from_a_wrong_result():
+    numbers = itertools.count()
+
+    def runs():
+        return [proof.Expected(1, {}, [np.float32([next(numbers)])])]
+
+    with pytest.raises(BadData, match=r"^m\.onnx: found a program whose own outputs differ from run to run, by 1, exp"):
+        proof.check_steady("m.onnx", runs, [])
+    proof.check_steady("m.onnx", lambda: [proof.Expected(1, {}, [np.float32([1])])], [])
 
 
 def test_inputs_of_every_kind_are_proven(tmp_path, monkeypatch):

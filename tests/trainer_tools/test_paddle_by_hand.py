@@ -12,7 +12,7 @@ from places import GOLDEN
 
 from cube.errors import BadData
 from trainer_tools import manifest
-from trainer_tools.pb.paddle_framework_pb2 import INT, INTS, LONG, OpDesc, ProgramDesc, VarDesc, VarType
+from trainer_tools.pb.paddle_framework_pb2 import BOOLEAN, INT, INTS, LONG, OpDesc, ProgramDesc, VarDesc, VarType
 from trainer_tools.programs import paddle, paddle_desc
 from trainer_tools.programs.paddle_desc import reads, writes
 from trainer_tools.programs.program import Rules
@@ -246,17 +246,43 @@ def test_sequences_that_are_joined_have_to_be_as_long_in_each_input(tmp_path, op
     ],
 )
 def test_ids_that_no_request_could_hold_sample_by_sample_stay(tmp_path, dims, levels, why):
-    place = made(tmp_path / "m", [LOOKUP, DOUBLED])
+    """Where others could: another input is of any number of samples."""
+    place = made(tmp_path / "m", [LOOKUP, OTHER, op("sum", {"X": "x z"}, {"Out": "y"})])
     if levels:
         ragged(place, *levels)
+    sized(place, dims)
+    _, is_cut, reason_said = reason(place)[0]
+    assert not is_cut
+    assert reason_said.startswith(why)
+
+
+def test_a_program_of_a_fixed_number_of_samples_is_served_as_it_is(tmp_path):
+    place = sized(made(tmp_path / "m", [LOOKUP, DOUBLED]), {"a": [8, 1], "x": [8, 1, 3]})
+    report = prune(place, tmp_path / "out", QUICK)
+    assert "takes 8 samples at a time, and no requests are merged" in report.candidates[0].reason
+    said = manifest.read(manifest.Manifest, tmp_path / "out" / "manifest.json")
+    assert (said.lookups[0].feed_shape, [t.shape for t in said.outputs]) == ([8, 1, 3], [[-1, 3]])
+    assert said.has_fixed_samples()
+
+
+def sized(place, dims):
+    """The same program, in which some variables have other dims."""
     desc = ProgramDesc.FromString((place / "__model__").read_bytes())
     for var in desc.blocks[0].vars:
         if var.name in dims:
             var.type.dense_tensor.tensor.dims[:] = dims[var.name]
     (place / "__model__").write_bytes(desc.SerializeToString())
-    ((_, is_cut, reason_said),) = reason(place)
-    assert not is_cut
-    assert reason_said.startswith(why)
+    return place
+
+
+@pytest.mark.parametrize(("is_test", "said"), [(None, ["dropout (p)"]), (False, ["dropout (p)"]), (True, [])])
+def test_dropout_is_random_unless_it_is_set_to_serve(tmp_path, is_test, said):
+    said_so = [] if is_test is None else [OpDesc.Attr(name="is_test", type=BOOLEAN, b=is_test)]
+    dropout = op("dropout", {"X": "x"}, {"Out": "p"}, *said_so)
+    more = [op("uniform_random", {}, {"Out": "q"}), op("sum", {"X": "p q"}, {"Out": "y"})]
+    shapes = variable("p", [-1, 3]), variable("q", [1, 3])
+    program = paddle.load(made(tmp_path / "m", [LOOKUP, dropout, *more], *shapes))
+    assert program.random_ops() == [*said, "uniform_random (q)"]
 
 
 @pytest.mark.slow

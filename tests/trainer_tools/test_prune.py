@@ -274,11 +274,17 @@ def test_a_lookup_that_the_signature_does_not_name_stays(tmp_path):
 @pytest.mark.parametrize("drop", [lambda said: said["lookups"].pop(), lambda said: said["lookups"].pop(0)])
 def test_bags_that_stay_are_refused_for_samples_do_not_come_first_in_their_ids(model, tmp_path, drop):
     change(model, drop)
-    with pytest.raises(
-        BadData, match=r"input '(user|item)_ids': found shape \[s\d+\], expected samples first; if lookups"
-    ):
+    why = r"and it is read by .* over (users|items)\.weight, which stays \(signature.json does not name it\)"
+    with pytest.raises(BadData, match=rf"input '(user|item)_ids': found shape \[s\d+\], {why}, expected samples first"):
         prune(model, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_bags_to_keep_are_refused_with_the_flag_that_keeps_them(model, tmp_path):
+    (model / "signature.json").unlink()
+    options = Options(rules=Rules(min_rows=1, keep=["items.weight"]))
+    with pytest.raises(BadData, match=r"which stays \(--keep names it\), expected .*lookups cut: without --keep, with"):
+        prune(model, tmp_path / "out", options)
 
 
 def test_without_a_signature_requests_name_keys_as_the_program_names_ids(model, tmp_path):
@@ -473,6 +479,24 @@ def test_outputs_to_fetch_stay_and_what_only_others_need_goes(tmp_path, command)
     assert ([t.name for t in said.outputs], said.inputs) == (["day"], [])
     failed = command("prune-program", tmp_path / "m", "--fetch", "nobody")
     assert "--fetch: found 'nobody', expected an output of the program: score, day" in failed.stderr
+
+
+@pytest.mark.parametrize("how", ["by its path", "within its directory", "by a link"])
+def test_a_program_named_by_its_file_is_pruned_beside_its_directory(model, command, how):
+    """In the directory it would be part of the trained model, and the next run would find two programs."""
+    before = sorted(path.name for path in model.iterdir())
+    file = model / "program.pt2"
+    if how == "within its directory":
+        file = "program.pt2"
+    elif how == "by a link":
+        (model.parent / "links").mkdir()
+        file = model.parent / "links" / "ranker.pt2"
+        file.symlink_to(model / "program.pt2")
+    done = command("prune-program", file, "--min-rows", "1", cwd=model if file == "program.pt2" else ROOT)
+    assert done.returncode == 0, done.stderr
+    assert sorted(path.name for path in model.iterdir()) == before
+    name = "links.ranker.pruned" if how == "by a link" else "two-towers.program.pruned"
+    assert (model.parent / name / "manifest.json").is_file()
 
 
 @pytest.mark.parametrize("name", ["program.pt2", "signature.json"])

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from places import ROOT
-from pruned_models import assert_serves
+from pruned_models import assert_serves, served
 from torch.export import Dim
 
 from cube.errors import BadData
@@ -304,6 +304,55 @@ class Mixed(torch.nn.Module):
         return stays.sum(1) + self.goes(flat.reshape(-1, 5)).sum((1, 2)) + self.goes(ids).sum((1, 2))
 
 
+class SeveralBags(torch.nn.Module):
+    """Bags of three tables over the same ids, each with offsets of its own."""
+
+    def __init__(self, bags):
+        super().__init__()
+        self.parts = torch.nn.ModuleList(bag(mode=mode) for mode in ("mean", "sum", "max"))
+        self.bags = bags
+
+    def forward(self, ids):
+        return {"score": sum(self.bags(part, ids, at).sum(1) for at, part in enumerate(self.parts))}
+
+
+SHARED = {  # how each of three bags finds its ids; the keys of a request
+    "a matrix": (lambda part, ids, at: part(ids), ["ids"] * 3),
+    "offsets": (
+        lambda part, ids, at: part(ids.flatten(), torch.arange(0, ids.shape[0] * ids.shape[1], ids.shape[1])),
+        ["ids"] * 3,
+    ),
+    "a column": (lambda part, ids, at: part(ids[:, 2], torch.arange(ids.shape[0])), ["ids.2"] * 3),
+    "columns": (lambda part, ids, at: part(ids[:, at % 2], torch.arange(ids.shape[0])), ["ids.0", "ids.1", "ids.0"]),
+    "bags of other lengths": (
+        lambda part, ids, at: (
+            part(ids) if at else part(ids.flatten(), torch.arange(ids.numel())).unflatten(0, ids.shape).sum(1)
+        ),
+        ["ids", "ids.keys", "ids.keys"],
+    ),
+}
+
+
+@pytest.mark.parametrize("bags", SHARED)
+def test_bags_of_the_same_ids_are_fed_them_once(tmp_path, bags):
+    """torch makes offsets anew for each, which are the same where they count the same."""
+    find, keys = SHARED[bags]
+    report, said, program = pruned(saved(tmp_path / "model", SeveralBags(find), *COLUMNS))
+    asserts_proven(report, program, 3)
+    assert [lookup.keys for lookup in said.lookups] == keys
+    assert [lookup.lengths for lookup in said.lookups] == [f"{key}.lengths" for key in keys]
+    assert len({lookup.feed for lookup in said.lookups}) == 3
+
+
+def test_ids_of_a_column_are_named_after_their_input(tmp_path):
+    """Not after the node that takes them out of it: select_46."""
+    arrange = lambda ids: ids[:, 3]  # noqa: E731
+    _, said, _ = pruned(saved(tmp_path / "model", Rowwise(arrange), *COLUMNS))
+    assert [(k.keys, k.slots[0].name, k.arranged_from) for k in said.lookups] == [("ids.3", "ids.3", ["ids"])]
+    _, said, _ = pruned(saved(tmp_path / "last", Rowwise(lambda ids: ids[:, -1]), *COLUMNS))
+    assert said.lookups[0].arranged_from == ["ids"]
+
+
 def test_ids_are_not_taken_for_sums_that_cannot_be_said(tmp_path):
     report, said, _ = pruned(saved(tmp_path / "model", Mixed(), *COLUMNS))
     assert [candidate.is_cut for candidate in report.candidates] == [False, True, True]
@@ -555,12 +604,45 @@ def test_what_every_run_would_change_is_refused(tmp_path, made):
     assert reasons == ["max_norm: a lookup changes its table"]
 
 
+RANDOM = {
+    "dropout (dropout)": lambda rows: torch.dropout(rows.flatten(1), 0.5, True),
+    "rand_like (rand_like)": lambda rows: rows.flatten(1) + torch.rand_like(rows.flatten(1)),
+    "bernoulli (bernoulli)": lambda rows: torch.bernoulli(torch.sigmoid(rows.flatten(1))),
+}
+
+
+@pytest.mark.parametrize("op", RANDOM)
+def test_a_program_that_computes_something_else_in_every_run_is_told_from_a_wrong_result(tmp_path, op):
+    model = saved(tmp_path / "model", Rowwise(pool=RANDOM[op]), *COLUMNS)
+    why = rf"a program whose own outputs differ from run to run \(random ops: {re.escape(op)}\)"
+    with pytest.raises(BadData, match=rf"program\.pt2: found {why}, expected one exported to serve: after model\.eval"):
+        prune(model, tmp_path / "out", ALL)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_dropout_that_is_off_is_no_random_op(tmp_path):
+    pool = lambda rows: torch.dropout(rows.flatten(1), 0.5, False)  # noqa: E731
+    program = torch_export.load(saved(tmp_path / "model", Rowwise(pool=pool), *COLUMNS) / "program.pt2")
+    assert torch_export.TorchProgram(program).random_ops() == []
+
+
 def test_a_program_of_a_fixed_number_of_samples_is_served_as_it_is(tmp_path):
     report, said, program = pruned(saved(tmp_path / "model", Rowwise(), (ids(8, 5),), None))
     assert report.largest_difference == 0
     assert "takes 8 samples at a time, and no requests are merged: export it with" in report.candidates[0].reason
     assert said.lookups[0].feed_shape == [8, 5, DIM]
     assert not torch_export.TorchProgram(program).lookups()
+
+
+def test_what_a_fixed_number_of_samples_makes_may_have_any_size(tmp_path):
+    """A mark for each word of one sentence; requests are of sentences, each for itself."""
+    model = saved(tmp_path / "model", Rowwise(pool=lambda rows: rows[0]), (ids(1, 5),), ({1: L},))
+    report, said, _ = pruned(model)
+    assert report.largest_difference == 0
+    assert [tensor.shape for tensor in said.outputs] == [[-1]]
+    lane, answers = served(tmp_path / "out", *({"ids": np.ones((1, n), np.uint64)} for n in (4, 9)))
+    assert not lane.batcher.limits.is_on
+    assert [answer.outputs["score"].shape for answer in answers] == [(4,), (9,)]
 
 
 @pytest.mark.parametrize("finding", UNSERVABLE)

@@ -17,6 +17,7 @@ from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto
 
 from trainer_tools.programs import onnx_file, onnx_graph, servable
 from trainer_tools.programs.onnx_graph import dims_of, reads
+from trainer_tools.programs.program import Outside
 
 # Ops that only move ids about: what comes out is ids that a request can hold as they are. All but Concat have them in
 # their first input, and in the others where they go.
@@ -31,7 +32,7 @@ _ELEMENTWISE = {
 }  # fmt: skip
 _WHOLE = {TensorProto.INT32, TensorProto.INT64}
 _IDS_AT_ONCE = 1 << 20
-_IDS_BEYOND = 1_000  # ids that no row has, which are tried too
+IDS_BEYOND = 1_000  # ids that no row has, which are tried too
 _TRIED, _OTHER_SIZE = (11, 17), 3  # samples of a trial; of dimensions that count none
 _UNKNOWN = "?"  # a size that nobody names
 _MADE_UP = re.compile(r"unk__\d+")  # tf2onnx's: another for every size, where they are the same too
@@ -42,9 +43,17 @@ class Origin(NamedTuple):
     """What a lookup reads."""
 
     inputs: list[str]  # of the program
-    base: str = ""  # the value to which constants are added, if any are; else what is read itself
+    base: str = ""  # the value to which constants are added, if any are; else what is read, before what leaves it as is
     added: tuple[int, ...] = ()  # one number for all, or one for each id of a sample; to what the inputs hold
     obstacle: str = ""  # why it is no ids of a request; empty if it is
+    outside: Outside | None = None  # None: nothing was done to them
+
+
+class _Same(NamedTuple):
+    """What arithmetic is done to that leaves the ids of a table as they are; and see Origin."""
+
+    base: str
+    outside: Outside | None
 
 
 class IdsFinder:
@@ -60,36 +69,51 @@ class IdsFinder:
         """values: type and shape of each value, as far as they are known. constants: how many elements each has."""
         self._model, self._values, self._constants, self._writers = model, values, constants, writers
         self._inputs = {value.name: value for value in onnx_graph.inputs(model.graph)}
+        self._same: dict[tuple[str, int], _Same | None] = {}  # found out by trying all ids of a table
         dims = {dim for value in self._inputs.values() for dim in dims_of(value) if isinstance(dim, str)}
         self._named = {dim for dim in dims if dim and not _MADE_UP.fullmatch(dim)}
         inputs = [self._dims(name) for name in self._inputs]
         outputs = [self._dims(value.name) for value in model.graph.output]
-        known = [[dims for dims in ends if dims[:1] != [_UNKNOWN]] for ends in (inputs, outputs)]
         firsts = {dims[0] for dims in inputs if dims}
+        is_fixed = bool(firsts) and all(isinstance(first, int) for first in firsts)
+        self._samples = None if is_fixed else servable.counted_by(inputs, outputs) or "samples"
         self._first: int | str = firsts.pop() if len(firsts) == 1 else _UNKNOWN  # of all inputs
-        self._samples = None if isinstance(self._first, int) else servable.counted_by(*known) or "samples"
 
     def origin(self, ids: str, rows: int) -> Origin:
         """What ids of a table of so many rows are made of."""
-        inputs, is_shifted, obstacle = self._followed(ids, rows)
+        inputs, is_shifted, outside, obstacle = self._followed(ids, rows)
         if not obstacle and not (ids in self._values and self._values[ids].type.tensor_type.HasField("shape")):
             obstacle = f"how many dimensions its ids have is not known ({ids})"
         obstacle = obstacle or self._not_by_samples(ids)
-        if obstacle or not is_shifted:
+        if obstacle:
             return Origin(inputs, ids, (), obstacle)
+        if outside is not None:  # unless the request holds ids as they are before that
+            outside = Outside(f"{outside.told}, as whoever arranges the ids has to do", False, False)
+        if not is_shifted:
+            same = self._before_same(ids, rows)
+            if same.outside is not None:
+                outside = same.outside._replace(told=f"{same.outside.told}: they read zeros now")
+            return Origin(inputs, same.base, outside=outside)
         added = self._added(ids)
         if added is None:
             return Origin(inputs, ids, (), "to its ids constants are added that are not the same in every sample")
-        return Origin(inputs, self._base(ids), added)
+        return Origin(inputs, self._base(ids), added, outside=outside)
 
-    def check_inputs(self, names: Sequence[str]) -> None:
-        """Raise BadData for an input in which samples do not come first; one without them is everybody's."""
+    def check_inputs(self, names: Sequence[str], readers: Mapping[str, Sequence[str]]) -> None:
+        """Raise BadData for an input in which samples do not come first; one without them is everybody's.
+
+        readers: of an input, the lookups that stay and read it, for people.
+        """
         for name in names:
-            servable.check_input(name, self._by_samples(self._dims(name)), self._samples)
+            servable.check_input(name, self._by_samples(self._dims(name)), self._samples, readers.get(name, ()))
 
-    def _followed(self, ids: str, rows: int) -> tuple[list[str], bool, str]:
-        """The program's inputs that ids are made of; whether constants are added; or why they are no ids."""
+    def _followed(self, ids: str, rows: int) -> tuple[list[str], bool, Outside | None, str]:
+        """The program's inputs that ids are made of; whether constants are added; or why they are no ids.
+
+        Before the last: what is done to ids outside the table on the way.
+        """
         found: list[str] = []
+        outside: Outside | None = None
         todo, seen, is_shifted = [ids], set[str](), False
         while todo:
             name = todo.pop()
@@ -97,21 +121,22 @@ class IdsFinder:
                 continue
             seen.add(name)
             if name in self._constants:
-                return [], False, f"its ids are constants, {name}"
+                return [], False, None, f"its ids are constants, {name}"
             if name in self._inputs:
                 found.append(name)
                 continue
             node = self._writers[name]
             if node.op_type in _REARRANGE and (node.op_type != "Gather" or node.input[1] in self._constants):
                 todo += reversed(node.input if node.op_type == "Concat" else node.input[:1])
-            elif (base := self._unchanged(name, rows)) is not None:
-                todo.append(base)
+            elif (same := self._unchanged(name, rows)) is not None:
+                todo.append(same.base)
+                outside = outside or same.outside
             elif (base := self._shifted(node)) is not None:
                 todo.append(base)
                 is_shifted = True
             else:
-                return [], False, f"its ids are computed by op {node.op_type} ({name})"
-        return found, is_shifted, ""
+                return [], False, None, f"its ids are computed by op {node.op_type} ({name})"
+        return found, is_shifted, outside, ""
 
     def _shifted(self, node: NodeProto) -> str | None:
         """Of whole numbers plus or minus constants: those numbers. None if an op does anything else."""
@@ -190,9 +215,24 @@ class IdsFinder:
         """The same, where the first, if it is unknown, is taken to be samples."""
         return [self._samples or self._first, *dims[1:]] if dims[:1] == [_UNKNOWN] else dims
 
-    def _unchanged(self, name: str, rows: int) -> str | None:
+    def _before_same(self, name: str, rows: int) -> _Same:
+        """What a lookup reads, before the arithmetic that leaves it as it is, in the same shape."""
+        node = self._writers.get(name)
+        is_moved = node is None or node.op_type in _REARRANGE - _ELEMENTWISE
+        same = None if is_moved else self._unchanged(name, rows)
+        if same is None or [a.shape for a in self._trial(same.base)] != [a.shape for a in self._trial(name)]:
+            return _Same(name, None)
+        return same
+
+    def _unchanged(self, name: str, rows: int) -> _Same | None:
         """The value that arithmetic, number by number, makes `name` of, if it leaves 0 to rows - 1 as they are."""
+        if (name, rows) not in self._same:
+            self._same[name, rows] = self._tried_same(name, rows)
+        return self._same[name, rows]
+
+    def _tried_same(self, name: str, rows: int) -> _Same | None:
         given: dict[str, None] = {}
+        ops: dict[str, None] = {}
         todo, seen = [name], set[str]()
         while todo:
             value = todo.pop()
@@ -205,36 +245,54 @@ class IdsFinder:
                     return None
             elif node is not None and node.op_type in _ELEMENTWISE:
                 todo += reads(node)
+                ops[node.op_type] = None
             else:
                 given[value] = None
         if len(given) != 1 or name in given:
             return None
         (base,) = given
-        return base if self._leaves_ids(name, base, rows) else None
+        gave = self._gave(name, base, rows)
+        if gave is None:
+            return None
+        arithmetic = sorted(set(ops) - {"Cast", "Identity"})
+        what = f"op{'s' if len(arithmetic) > 1 else ''} {', '.join(arithmetic)}"
+        told = f"{what} gave {' and '.join(filter(None, gave))}"
+        return _Same(base, Outside(told, *map(bool, gave)) if any(gave) else None)
 
-    def _leaves_ids(self, name: str, base: str, rows: int) -> bool:
-        """Whether `name` is what `base` is for every id of a table, and spreads no other ids over its rows.
+    def _gave(self, name: str, base: str, rows: int) -> tuple[str, str] | None:
+        """Which rows `name` gives ids of `base` below 0 and beyond the table, for people; empty if none.
 
-        What gives all other ids one row (a clip, one for unknown words) is let pass: absent keys read alike too.
+        None if it is not `base` for every id of the table, or spreads other ids over its rows. What gives all other
+        ids one row (a clip, one for unknown words) is let pass: absent keys read alike too.
         """
         if base not in self._values or name not in self._values:
-            return False
+            return None
         kind = self._values[base].type.tensor_type.elem_type
         dtype = onnx_file.DTYPES[kind][0] if kind in onnx_file.DTYPES else np.dtype("O")
         part = onnx_graph.walked_back(self._model, [self._values[name]], {base: self._values[base]})
         if dtype.kind not in "if" or [value.name for value in part.graph.input] != [base]:
-            return False
+            return None
         for start in range(0, rows, _IDS_AT_ONCE):
             ids = np.arange(start, min(start + _IDS_AT_ONCE, rows))
             made = _interpreted(part, name, {base: ids.astype(dtype)})
             if made is None or not np.array_equal(made, ids):
-                return False
+                return None
         most = np.iinfo(dtype).max if dtype.kind == "i" else 1 << 53
-        beyond = np.arange(rows, min(rows + _IDS_BEYOND, most))
+        beyond = np.arange(rows, min(rows + IDS_BEYOND, most))
         made = _interpreted(part, name, {base: beyond.astype(dtype)})
         if made is None or made.shape != beyond.shape:
-            return False
-        return np.unique(made[(made >= 0) & (made < rows)]).size <= 1  # ids % rows: who hashes means each of them
+            return None
+        given = np.unique(made[(made >= 0) & (made < rows)])
+        if given.size > 1:
+            return None  # ids % rows: who hashes means each of them
+        of_beyond = f"ids from {rows:,} row {int(given[0]):,}" if given.size else ""
+        below = np.arange(-min(rows, IDS_BEYOND), 0)
+        made = _interpreted(part, name, {base: below.astype(dtype)})
+        if made is None or np.array_equal(made, below):
+            return "", of_beyond  # which count from the end, as they do without these ops
+        given = np.unique(made[(made >= 0) & (made < rows)])
+        row = f"row {int(given[0]):,}" if given.size == 1 else "rows from the end"
+        return f"ids below 0 {row}" if given.size else "", of_beyond
 
 
 def _interpreted(part: ModelProto, name: str, given: Mapping[str, NDArray[Any]]) -> NDArray[Any] | None:

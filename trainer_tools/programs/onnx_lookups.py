@@ -54,9 +54,9 @@ class Finder:
             found += self._lookups_inside(node)
         return _one_kind_of_rows_each(_one_sum_each(found))
 
-    def check_inputs(self, names: Sequence[str]) -> None:
+    def check_inputs(self, names: Sequence[str], readers: Mapping[str, Sequence[str]]) -> None:
         """Raise BadData for an input in which samples do not come first; one without them is everybody's."""
-        self._ids.check_inputs(names)
+        self._ids.check_inputs(names, readers)
 
     @cached_property
     def stored(self) -> dict[str, TensorProto]:
@@ -87,13 +87,14 @@ class Finder:
         origin = self._ids.origin(ids, shape[0])
         if origin.obstacle:
             return [_refused(node, source, shape, origin.obstacle)]
+        read = ids if origin.added else origin.base
         op, first = node.op_type, out
         while table.kind not in onnx_rows.FLOATS and (further := self._step_after(out, table, shape)):
             table, out = further
             op = f"{op}+{self._writers[out].op_type}"
         if table.kind in onnx_rows.FLOATS:
             lookup = Lookup(out, op, source, shape[0], shape[1], origin.base, out)
-            return [Found(lookup, ids, False, origin, table)]
+            return [Found(lookup, read, False, origin, table)]
         fed = table.then(Step("Cast", to=TensorProto.FLOAT), self.stored)
         if fed is None or out != first or table.kind not in _SMALL_INTEGERS:
             return [
@@ -103,7 +104,7 @@ class Finder:
         while feed in self._inputs or feed in self._constants or feed in self._writers:
             feed += "_rows"
         lookup = Lookup(out, op, source, shape[0], shape[1], origin.base, feed)
-        return [Found(lookup, ids, False, origin, fed, table.kind)]
+        return [Found(lookup, read, False, origin, fed, table.kind)]
 
     def _lookups_inside(self, node: NodeProto) -> Iterator[Found]:
         """The lookups that ops in the bodies of an op do."""

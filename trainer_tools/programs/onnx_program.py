@@ -1,6 +1,6 @@
 """ONNX programs (`NAME.onnx`, with or without files beside it): read, describe, cut, write."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import onnx
 from numpy.typing import NDArray
-from onnx import ModelProto, ValueInfoProto, defs, helper, inliner, shape_inference
+from onnx import ModelProto, NodeProto, ValueInfoProto, defs, helper, inliner, shape_inference
 
 from cube.errors import BadData
 from trainer_tools.graph_picture import Graph, Operation
@@ -19,6 +19,9 @@ from trainer_tools.programs.onnx_lookups import Finder, Found
 from trainer_tools.programs.program import Ids, Lookup
 
 SUFFIX = ".onnx"
+_RANDOM = {
+    "Bernoulli", "Multinomial", "RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike"
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,11 @@ class OnnxProgram:
         """See TrainedProgram. Those inside loops and branches count too."""
         return sum(len(graph.node) for graph in onnx_file.graphs(self.model.graph))
 
+    def random_ops(self) -> list[str]:
+        """See TrainedProgram. Those inside loops and branches too."""
+        nodes = (node for graph in onnx_file.graphs(self.model.graph) for node in graph.node)
+        return [f"{node.op_type} ({', '.join(writes(node))})" for node in nodes if self._is_random(node)]
+
     def graph(self) -> Graph:
         """See TrainedProgram."""
         graph = self.model.graph
@@ -57,11 +65,12 @@ class OnnxProgram:
         """What a lookup without obstacle reads."""
         found = next(found for found in self._found if found.lookup.name == lookup.name)
         assert found.origin is not None, "a lookup with an obstacle"
-        return Ids(found.reads, found.origin.inputs, added=found.origin.added, is_sum=found.is_sum)
+        origin = found.origin
+        return Ids(found.reads, origin.inputs, added=origin.added, is_sum=found.is_sum, outside=origin.outside)
 
-    def check_inputs(self, names: Sequence[str]) -> None:
-        """Raise BadData for inputs of which a predictor could not tell samples apart."""
-        self._finder.check_inputs(names)
+    def check_inputs(self, names: Sequence[str], readers: Mapping[str, Sequence[str]]) -> None:
+        """See FileProgram."""
+        self._finder.check_inputs(names, readers)
 
     def dims(self, name: str) -> list[int | str]:
         """The dims of an input as the program names them: programs give equal sizes equal names."""
@@ -125,6 +134,13 @@ class OnnxProgram:
     def _with(self, model: ModelProto) -> "OnnxProgram":
         _check(model, str(self.path))
         return replace(self, model=model)
+
+    def _is_random(self, node: NodeProto) -> bool:
+        """Whether an op computes something else in every run; dropout does in training, which its third input says."""
+        if node.op_type != "Dropout":
+            return node.op_type in _RANDOM
+        mode = self._finder.stored.get(node.input[2]) if len(node.input) > 2 else None
+        return mode is not None and bool(onnx_file.elements(mode, self.path).any())
 
     def _tensor(self, value: ValueInfoProto) -> Tensor:
         kind, place = value.type.WhichOneof("value") or "no type", f"{self.path} value {value.name!r}"

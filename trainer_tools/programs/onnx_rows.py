@@ -4,7 +4,6 @@ What happens to every row alike, before the lookup (to the whole table) or after
 steps. They are done here once, piece by piece, with the arithmetic of the ops, so that rows are float32 as others are.
 """
 
-import tempfile
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -13,6 +12,7 @@ from numpy.typing import NDArray
 from onnx import NodeProto, TensorProto
 
 from trainer_tools.programs.onnx_file import DTYPES
+from trainer_tools.scratch import scratch
 
 FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16)  # what a cube's rows can be made of, exactly
 _CASTS = {
@@ -90,12 +90,13 @@ def computed(
 ) -> NDArray[Any]:
     """The rows that steps make of a stored table [rows, dim], float32 or float16.
 
-    As they are where nothing happens to them, else in an unnamed temporary file, mapped; raises OSError.
+    As they are where nothing happens to them, else in a temporary file without a name, mapped. Raises BadData where
+    there is no room for it.
     """
     if all(step.op == "Identity" for step in steps) and kind in FLOATS:
         return stored
     count, dtype = max(1, _PIECE // max(1, 4 * stored.shape[1])), np.dtype("<f4")
-    with tempfile.TemporaryFile(prefix="prune-program.") as file:
+    with scratch() as directory, (directory / "rows").open("w+b") as file:
         for start in range(0, len(stored), count):
             piece = stored[start : start + count]
             if kind == TensorProto.BFLOAT16:

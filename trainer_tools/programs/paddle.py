@@ -45,6 +45,10 @@ _OTHER_LOOKUPS = {
 _NO_EMPTY = {
     "attention_lstm", "fused_embedding_fc_lstm", "fusion_gru", "fusion_lstm", "gru", "lstm", "lstmp", "multi_gru",
 }  # fmt: skip
+_RANDOM = {
+    "bernoulli", "gaussian_random", "gaussian_random_batch_size_like", "multinomial", "randint", "randperm",
+    "sampling_id", "truncated_gaussian_random", "uniform_random", "uniform_random_batch_size_like",
+}  # fmt: skip
 # Ops that only move ids about: what comes out is ids that a request can hold as they are.
 _REARRANGE = {
     "assign", "cast", "concat", "flatten", "flatten2", "flatten_contiguous_range", "reshape", "reshape2", "slice",
@@ -73,6 +77,11 @@ class PaddleProgram:
     def ops(self) -> int:
         """See TrainedProgram. Without feed and fetch ops."""
         return sum(op.type not in ("feed", "fetch") for block in self.desc.blocks for op in block.ops)
+
+    def random_ops(self) -> list[str]:
+        """See TrainedProgram. Those of all blocks."""
+        ops = (op for block in self.desc.blocks for op in block.ops)
+        return [f"{op.type} ({', '.join(writes(op)[:1])})" for op in ops if _is_random(op)]
 
     def graph(self) -> Graph:
         """See TrainedProgram."""
@@ -111,10 +120,10 @@ class PaddleProgram:
         """Whether a sequence may be empty; see _NO_EMPTY."""
         return all(op.type not in _NO_EMPTY for block in self.desc.blocks for op in block.ops)
 
-    def check_inputs(self, names: Sequence[str]) -> None:
-        """Raise BadData for inputs of which a predictor could not tell samples apart."""
+    def check_inputs(self, names: Sequence[str], readers: Mapping[str, Sequence[str]]) -> None:
+        """See FileProgram."""
         for name in names:
-            servable.check_input(name, self._shape(name), self._samples)
+            servable.check_input(name, self._shape(name), self._samples, readers.get(name, ()))
             if self.lod_level(name) > 1:
                 place, found = f"{self.path} variable {name!r}", "sequences of sequences (LoD level 2 or more)"
                 raise BadData(place, found, "sequences (LoD level 1) at most, which is what is served")
@@ -390,6 +399,13 @@ def _remote_tables(desc: ProgramDesc) -> set[str]:
         for name in arguments(op.inputs, "W")
         if op.type == "distributed_lookup_table" or any(a.name == "is_distributed" and a.b for a in op.attrs)
     } & set(_declared(desc))
+
+
+def _is_random(op: OpDesc) -> bool:
+    """Whether an op computes something else in every run, as dropout does in training."""
+    if op.type == "dropout":
+        return not any(attr.name == "is_test" and attr.b for attr in op.attrs)
+    return op.type in _RANDOM
 
 
 def _outs(op: OpDesc) -> list[str]:

@@ -4,7 +4,7 @@ A format reads a directory into a `TrainedProgram` and says of each lookup in it
 why. `decide` makes of that, and of what the user asked for, which lookups go; the format then cuts exactly those.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, Self
 
@@ -39,6 +39,20 @@ class Ids(NamedTuple):
     has_lengths: bool = False  # a request holds them one after another, and how many each sample has
     added: tuple[int, ...] = ()  # what the program adds to ids before it looks them up; see manifest.Lookup
     is_sum: bool = False  # a request holds them with that, for their name without it means those of another lookup
+    outside: "Outside | None" = None  # None: nothing was done to them
+
+
+class Outside(NamedTuple):
+    """What ops that go with a lookup did to ids outside its table."""
+
+    told: str  # for people
+    has_below: bool  # whether ids below 0 had a row, and read zeros now
+    has_beyond: bool  # whether ids beyond the last had one, and read zeros now
+
+    @property
+    def read_zeros(self) -> bool:
+        """Whether some do."""
+        return self.has_below or self.has_beyond
 
 
 class Rules(NamedTuple):
@@ -72,6 +86,9 @@ class TrainedProgram(Protocol):
 
     def ops(self) -> int:
         """How many operations a run does."""
+
+    def random_ops(self) -> list[str]:
+        """Its ops that compute something else in every run, for people: OP (name)."""
 
     def graph(self) -> Graph:
         """What it computes, to be drawn; bodies of loops and branches are one op with what holds them."""
@@ -113,6 +130,15 @@ def chosen(candidates: Sequence[Candidate], place: str) -> list[Lookup]:
             stay.setdefault(candidate.reason, []).append(candidate.lookup.name)
         why = "; ".join(f"{_listed(names)}: {reason}" for reason, names in stay.items())
         raise BadData(place, f"no lookup to cut{': ' if why else ''}{why}", "one; a dense program is served as it is")
+    return found
+
+
+def readers(candidates: Sequence[Candidate], reads: Callable[[Lookup], Collection[str]]) -> dict[str, list[str]]:
+    """Of each input that lookups read which stay: these, for people. reads: the inputs that a lookup reads."""
+    found: dict[str, list[str]] = {}
+    for lookup, is_cut, reason in candidates:
+        for name in () if is_cut else reads(lookup):
+            found.setdefault(name, []).append(f"{lookup.name} over {lookup.table}, which stays ({reason})")
     return found
 
 

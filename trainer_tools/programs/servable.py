@@ -1,8 +1,9 @@
 """What counts the samples of a program, and whether a predictor can serve it by that. Pure.
 
 A request has any number of samples, and a predictor merges and splits requests by them. So they lie along the first
-dimension of all that goes by samples: ids, other inputs whose first dimension varies, outputs. A program in which no
-first dimension varies takes the same number of samples every time: it is served as it is, each request for itself.
+dimension of all that goes by samples: ids, other inputs whose first dimension varies, outputs. A program of which no
+input's first dimension varies takes the same number of samples every time: it is served as it is, each request for
+itself, and what it makes of them may have any shape, such as a mark for each word of one sentence.
 """
 
 from collections.abc import Iterable, Sequence
@@ -13,8 +14,14 @@ Shape = Sequence[int | str]  # a text: a size that varies, as the program names 
 
 
 def counted_by(inputs: Iterable[Shape], outputs: Iterable[Shape]) -> str | None:
-    """The size that counts samples: what most outputs have first, or inputs if no output's varies; None: none does."""
-    firsts = [[shape[0] for shape in shapes if shape and _is_name(shape[0])] for shapes in (outputs, inputs)]
+    """The size that counts samples: what most outputs have first, or inputs if no output's varies.
+
+    None: their number is fixed, for that of no input varies.
+    """
+    taken = list(inputs)
+    if not any(shape and isinstance(shape[0], str) for shape in taken):
+        return None
+    firsts = [[shape[0] for shape in shapes if shape and _is_name(shape[0])] for shapes in (outputs, taken)]
     found = firsts[0] or firsts[1]
     return str(max(found, key=found.count)) if found else None
 
@@ -34,17 +41,27 @@ def obstacle(what: str, shape: Shape, samples: str | None, recipe: str) -> str:
 
 
 def output_obstacle(name: str, shape: Shape, samples: str | None) -> str:
-    """Why an output is in nobody's answer; empty if samples come first in it, or it is fixed, and everybody's."""
-    if not shape or isinstance(shape[0], int) or shape[0] == samples:
+    """Why an output is in nobody's answer; empty if there is nothing against it.
+
+    samples: as `counted_by` finds them. One without samples is everybody's.
+    """
+    if samples is None or not shape or isinstance(shape[0], int) or shape[0] == samples:
         return ""
-    return f"output {name!r} has shape {text(shape, samples)}, in which samples do not come first"
+    way_out = "export it with samples first, or serve others: --fetch"
+    return f"output {name!r} has shape {text(shape, samples)}, in which samples do not come first: {way_out}"
 
 
-def check_input(name: str, shape: Shape, samples: str | None) -> None:
-    """Raise BadData for an input in which samples do not come first; one without them is everybody's."""
+def check_input(name: str, shape: Shape, samples: str | None, readers: Sequence[str] = ()) -> None:
+    """Raise BadData for an input in which samples do not come first; one without them is everybody's.
+
+    readers: the lookups that stay and read it, for people.
+    """
     if shape and shape[0] != samples and (isinstance(shape[0], str) or samples in shape):
-        expected = "samples first; if lookups read it, let them go: --min-rows 0, no --keep"
-        raise BadData(f"input {name!r}", f"shape {text(shape, samples)}", expected)
+        found, expected = f"shape {text(shape, samples)}", "samples first"
+        if readers:
+            found += f", and it is read by {' and '.join(readers)}"
+            expected += ", or these lookups cut: without --keep, with --only or --min-rows 0"
+        raise BadData(f"input {name!r}", found, expected)
 
 
 def fixed_note(feed: Sequence[int]) -> str:
@@ -61,5 +78,5 @@ def text(shape: Shape, samples: str | None) -> str:
 
 
 def _is_name(size: int | str) -> bool:
-    """Whether a size varies by itself, and does not follow from another."""
-    return isinstance(size, str) and not set(size) & set("*+/() ")
+    """Whether a size varies by itself, and does not follow from another or has no name ("?")."""
+    return isinstance(size, str) and not set(size) & set("*+/() ?")

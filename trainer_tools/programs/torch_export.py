@@ -29,7 +29,7 @@ from trainer_tools.graph_picture import Graph, Operation
 from trainer_tools.manifest import Tensor
 from trainer_tools.programs import servable, torch_lookups
 from trainer_tools.programs.program import Lookup
-from trainer_tools.programs.torch_lookups import TorchLookup, op_of
+from trainer_tools.programs.torch_lookups import TorchLookup, arguments, op_of
 
 DATATYPES = {
     torch.bool: "BOOL", torch.uint8: "UINT8", torch.int8: "INT8", torch.int16: "INT16", torch.int32: "INT32",
@@ -91,6 +91,11 @@ class TorchProgram:
     def nodes(self) -> dict[str, fx.Node]:
         """The nodes of the program's graph, to look at."""
         return {node.name: node for node in self._module.graph.nodes}
+
+    def random_ops(self) -> list[str]:
+        """See TrainedProgram. Those in branches and loops too."""
+        parts = [part for part in self._module.modules() if isinstance(part, fx.GraphModule)]
+        return [f"{op_of(node)} ({node.name})" for part in parts for node in part.graph.nodes if _is_random(node)]
 
     def graph(self) -> Graph:
         """See TrainedProgram. Values are named as the nodes that compute them."""
@@ -200,6 +205,14 @@ def is_stateful(program: ExportedProgram) -> bool:
             program = program.run_decompositions({})  # only without ops in place does a signature say what changes
     signature = program.graph_signature
     return bool(signature.buffers_to_mutate or signature.user_inputs_to_mutate)
+
+
+def _is_random(node: fx.Node) -> bool:
+    """Whether a node computes something else in every run, as dropout does unless it is off."""
+    if torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ()):
+        return False
+    given = arguments(node)
+    return bool(given.get("train", given.get("training", True))) and given.get("dropout_p", 1) != 0
 
 
 def inputs_of(program: ExportedProgram) -> list[Tensor]:

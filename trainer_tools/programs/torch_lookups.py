@@ -57,11 +57,21 @@ class TorchLookup(NamedTuple):
     added: tuple[int, ...] = ()  # constants that are added to ids: one for all, or for each id of a sample or a bag
     obstacle: str = ""  # why it cannot be cut; empty if it can
 
+    def of_bags(self) -> list[str]:
+        """What says where bags begin, and weighs what is in them."""
+        return [name for name in (self.offsets, self.weights) if name is not None]
+
 
 def op_of(node: fx.Node) -> str:
     """The name of what a node does: add, embedding, getitem ..."""
     packet = getattr(node.target, "_overloadpacket", None)
     return str(packet).rpartition(".")[2] if packet is not None else getattr(node.target, "__name__", str(node.target))
+
+
+def arguments(node: fx.Node) -> dict[str, Any]:
+    """What an op is given, by the names of its schema."""
+    schema: Any = node.target
+    return dict(zip([a.name for a in schema._schema.arguments], node.args, strict=False)) | node.kwargs
 
 
 def find(program: ExportedProgram, module: fx.GraphModule, zeros: Mapping[str, torch.Tensor]) -> list[TorchLookup]:
@@ -122,7 +132,7 @@ class _Finder:
 
     def lookup(self, node: fx.Node) -> TorchLookup:
         """The lookup that a node does."""
-        given, op = _arguments(node), op_of(node)
+        given, op = arguments(node), op_of(node)
         table = self._table(given.get("weight", given.get("self")))
         ids: fx.Node = given["indices"][0] if op == "index" else given["index" if op == "index_select" else "indices"]
         inputs, obstacle = _origins(ids, "ids", self._constants)
@@ -198,14 +208,20 @@ class _Finder:
         return False
 
     def _called(self, ids: fx.Node, ops: set[str]) -> str:
-        """The name of the input that ids are but for some ops and sums; if they are none, of what is added to."""
+        """The name of the input that ids are but for some ops and sums, with that of a column if they are one of it.
+
+        If they are none, of what is added to.
+        """
         start = at = self._before_sums[ids]
+        column = ""
         while at.op == "call_function":
             base = self._constants.base(at)
-            if base is None and op_of(at) not in ops:
+            if base is None and not column and _is_column(at):
+                column = f".{at.args[2]}"
+            elif base is None and not (op_of(at) in (_IN_ORDER if column else ops) or _is_whole_slice(at)):
                 return start.name
             at = base if base is not None else at.all_input_nodes[0]
-        return at.name if at.op == "placeholder" else start.name
+        return f"{at.name}{column}" if at.op == "placeholder" else start.name
 
     def _ids_name(self, ids: fx.Node, added: tuple[int, ...]) -> str:
         """Of the first node that has this value: constants may be there several times."""
@@ -322,10 +338,20 @@ def _is_tensor(node: fx.Node) -> bool:
     return isinstance(value, (torch.Tensor, list, tuple)) or node.op == "get_attr"
 
 
-def _arguments(node: fx.Node) -> dict[str, Any]:
-    """What an op is given, by the names of its schema."""
-    schema: Any = node.target
-    return dict(zip([a.name for a in schema._schema.arguments], node.args, strict=False)) | node.kwargs
+def _is_column(node: fx.Node) -> bool:
+    """Whether a node is one column, not counted from the end, of a matrix."""
+    if op_of(node) not in ("select", "select_copy") or not isinstance(node.args[0], fx.Node):
+        return False
+    matrix = node.args[0].meta.get("val")
+    is_matrix = isinstance(matrix, torch.Tensor) and matrix.ndim == 2
+    return is_matrix and node.args[1] in (1, -1) and isinstance(node.args[2], int) and node.args[2] >= 0
+
+
+def _is_whole_slice(node: fx.Node) -> bool:
+    """Whether a node is all of what it is taken from: ids[:, 3] is a slice of all samples first."""
+    if op_of(node) not in ("slice", "slice_copy") or not isinstance(node.args[0], fx.Node):
+        return False
+    return str(node.args[0].meta["val"].shape) == str(node.meta["val"].shape) and len(node.args) < 5
 
 
 def _item(node: fx.Node) -> int | None:
@@ -353,16 +379,22 @@ def _same_values(
 ) -> dict[fx.Node, fx.Node]:
     """For each node the first one that is the same move of the same values; mostly itself.
 
-    Programs that read a column of ids in several places take it out of its input each time. base: of a node that is
-    some value and constants added to it, that value, which it counts as.
+    Programs that read a column of ids in several places take it out of its input each time, and make offsets of bags
+    for each of them (arange). base: of a node that is some value and constants added to it, that value, which it counts
+    as.
     """
+
+    def told(given: fx.Node) -> Any:
+        size = given.meta.get("val")
+        return str(size) if isinstance(size, torch.SymInt) else same[given]
+
     first: dict[str, fx.Node] = {}
     same: dict[fx.Node, fx.Node] = {}
     for node in graph.nodes:
         same[node] = node
         if (before := base(node)) is not None:
             same[node] = same[before]
-        elif node.op == "call_function" and (op_of(node) in _MOVES or op_of(node).startswith("sym_")):
-            args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda given: same[given])
+        elif node.op == "call_function" and (op_of(node) in _MOVES or op_of(node) == "arange"):
+            args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), told)
             same[node] = first.setdefault(f"{node.target} {args} {kwargs}", node)
     return same
