@@ -3,6 +3,7 @@
 import contextlib
 import fcntl
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import NamedTuple
 import hypothesis
 import pytest
 from places import BIN, ROOT
+from ports import reserved_port
 from processes import processes_that_name
 
 import cube.cli
@@ -20,7 +22,13 @@ import predictor.client.cli
 import trainer_tools.prune_program
 from trainer_tools.demo import started
 
-hypothesis.settings.register_profile("kernels", deadline=None)  # the first example may wait for a compiler
+# The first example may wait for a compiler. What lands does not depend on luck: in CI the examples are always the same.
+hypothesis.settings.register_profile(
+    "kernels",
+    deadline=None,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+    derandomize="CI" in os.environ,
+)
 hypothesis.settings.load_profile("kernels")
 
 COMMANDS = {
@@ -70,9 +78,10 @@ def demo(tmp_path_factory) -> Demo:
     with (place / "demo.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not output.exists():
+            shutil.rmtree(root, ignore_errors=True)  # what a process that was ended meanwhile has left
             root.mkdir()
             command = [sys.executable, "-m", "trainer_tools.demo", "--lines", "4000", "--root", str(root)]
-            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=800)
             assert done.returncode == 0, done.stdout + done.stderr
             left.write_text("\n".join(processes_that_name(root)))  # now: soon other tests serve these files
             output.write_text(done.stdout)
@@ -85,7 +94,7 @@ def process():
 
     def run(tool, *args, cwd=ROOT, stdin=subprocess.DEVNULL):
         line = [str(BIN / tool), *map(str, args)]
-        return subprocess.run(line, cwd=cwd, stdin=stdin, capture_output=True, text=True, timeout=120)
+        return subprocess.run(line, cwd=cwd, stdin=stdin, capture_output=True, text=True, timeout=600)
 
     return run
 
@@ -105,6 +114,13 @@ def command(capfd, monkeypatch):
         return subprocess.CompletedProcess([tool, *args], code, out, err)
 
     return run
+
+
+@pytest.fixture
+def reserve():
+    """Addresses at which nobody listens until the test does, and nobody else may: reserve() → "127.0.0.1:port"."""
+    with contextlib.ExitStack() as held:
+        yield lambda: held.enter_context(reserved_port())
 
 
 @pytest.fixture

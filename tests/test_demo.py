@@ -6,7 +6,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -116,23 +115,21 @@ def test_an_interrupted_demo_leaves_no_process_behind(tmp_path, number):
             if "cube-server: shard 1" in line:  # two servers run, the third starts
                 break
         os.kill(process.pid, number)
-        assert process.wait(timeout=20) in (130, 143)
+        assert process.wait(timeout=60) in (130, 143)
         assert not processes_that_name(tmp_path)
 
 
 @pytest.fixture
-def root(demo, tmp_path):
+def root(demo, tmp_path, reserve):
     """A working directory as `make demo` leaves it, with configuration on free ports."""
     for name in ("model", "model.pruned", "cube-data", "demo-data"):
         (tmp_path / name).symlink_to(demo.root / name)
     shutil.copytree(ROOT / "conf", tmp_path / "conf")
-    with contextlib.ExitStack() as taken:
-        sockets = [taken.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(3)]
-        free = [str(listening.getsockname()[1]) for listening in sockets]
+    free = [reserve() for _ in range(3)]
     for path in (tmp_path / "conf").iterdir():
         text = path.read_text()
         for port, other in zip(("8010", "8011", "8500"), free, strict=True):
-            text = text.replace(f"127.0.0.1:{port}", f"127.0.0.1:{other}")
+            text = text.replace(f"127.0.0.1:{port}", other)
         path.write_text(text)
     return tmp_path
 
@@ -169,8 +166,8 @@ def test_the_commands_work_from_the_root_as_the_user_types_them(root, demo, proc
         for running in reversed(processes):
             begin = time.monotonic()
             running.send_signal(signal.SIGINT)
-            assert running.wait(timeout=10) == 0
-            assert time.monotonic() - begin < 5  # under a second where nothing else runs
+            assert running.wait(timeout=60) == 0
+            assert time.monotonic() - begin < 30  # under a second where nothing else runs
     shutil.copytree(demo.model, root / "fresh")
     done = process("prune-program", "fresh/", cwd=root)
     assert done.returncode == 0, done.stderr

@@ -76,6 +76,7 @@ _MAPPED_BYTES = 32 << 20  # larger blocks are mapped one by one, and given back
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 _STRAGGLE_S = 5.0  # what a worker may take beyond its drain
 _SILENT_S = 10.0  # for which a worker may say nothing while others wait for its part of a command
+_HEARING_S = 2.0  # of it, the last: to hear workers after all processes have stood still
 _LINE_BYTES = 1 << 20
 _BUSY = "another command is being carried out: try again when it is done"
 _STOPPING = ["UNAVAILABLE", "the server is stopping"]
@@ -570,7 +571,12 @@ class _Supervisor:
         else:
             self._command = _Underway(worker, number, set(self._workers))
             self._say_all(prepare=command)
-            asyncio.get_running_loop().call_later(_SILENT_S, self._miss, self._command)
+            self._miss_later(self._command)
+
+    def _miss_later(self, command: _Underway) -> None:
+        """In two steps: on a machine that stood still, the first one is late, and nobody is missed for that."""
+        loop = asyncio.get_running_loop()
+        loop.call_later(_SILENT_S - _HEARING_S, loop.call_later, _HEARING_S, self._miss, command)
 
     def _miss(self, command: _Underway) -> None:
         """Kill those that keep others waiting and are not there; their end is that of the command. Ask the others."""
@@ -582,7 +588,7 @@ class _Supervisor:
         command.heard.clear()
         for worker in command.waiting:
             worker.say(ping=True)
-        asyncio.get_running_loop().call_later(_SILENT_S, self._miss, command)
+        self._miss_later(command)
 
     def _on_done(self, worker: _Worker, error: list[str] | None) -> None:
         """A worker has done its part of the present step of the command, or failed to."""

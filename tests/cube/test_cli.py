@@ -162,7 +162,7 @@ def test_checksums_are_compared_in_the_background_and_what_is_corrupt_is_refused
     raw[5000] ^= 1
     (data / "t" / "1@0" / "0-of-2.seg").write_bytes(raw)
     addresses = [server("cube-server", "--shard", n, "--shards", 2, "--data", data) for n in (0, 1)]
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while (state := verified(command, addresses)) != ["corrupt", "yes"]:
         assert set(state) <= {"no", "running", "yes", "corrupt"}
         assert time.monotonic() < deadline, state
@@ -232,8 +232,8 @@ def test_a_server_stops_at_once_and_exits_0(data, number):
         assert "serves t 1@0 (" in line
         begin = time.monotonic()
         os.kill(process.pid, number)
-        assert process.wait(timeout=10) == 0
-        assert time.monotonic() - begin < 5  # under a second where nothing else runs
+        assert process.wait(timeout=60) == 0
+        assert time.monotonic() - begin < 9  # SIGTERM's patience with calls in flight is ten
 
 
 def test_the_second_server_on_a_port_is_refused(data, server, command):

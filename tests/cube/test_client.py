@@ -86,7 +86,7 @@ def test_servers_and_files_answer_alike(data, shards):
         for version in (Version(1), Version(2)):
 
             async def ask(cube, version=version, asked=asked):
-                await cube.open({"t": (version, 3)}, wait_s=5)
+                await cube.open({"t": (version, 3)}, wait_s=60)
                 return await cube.gather("t", version, asked, timeout_s=5)
 
             remote, here = with_cube(shards, ask), local.rows("t", version, asked)
@@ -105,9 +105,9 @@ def test_servers_and_files_answer_alike(data, shards):
 )
 def test_a_table_version_or_width_the_cube_lacks_is_refused_at_opening(data, shards, tables, message):
     with pytest.raises(BadConfig, match=message):
-        with_cube(shards, lambda cube: cube.open(tables, wait_s=5))
+        with_cube(shards, lambda cube: cube.open(tables, wait_s=60))
     with pytest.raises(BadConfig, match=message):
-        asyncio.run(LocalCube(data).open(tables, wait_s=5))
+        asyncio.run(LocalCube(data).open(tables, wait_s=60))
 
 
 def test_a_table_whose_absent_keys_do_not_read_zeros_is_refused(tmp_path, server):
@@ -117,7 +117,7 @@ def test_a_table_whose_absent_keys_do_not_read_zeros_is_refused(tmp_path, server
     async def opened(make):
         cube = make()
         try:
-            await cube.open(TABLES, wait_s=5)
+            await cube.open(TABLES, wait_s=60)
         finally:
             await cube.close()
 
@@ -134,12 +134,12 @@ def test_the_shard_count_of_files_is_that_of_the_newest_version(tmp_path):
 
 def test_shards_listed_in_the_wrong_order_are_refused(shards):
     with pytest.raises(BadConfig, match="found shard 1 of 2, expected shard 0 of 2"):
-        with_cube(shards[::-1], lambda cube: cube.open(TABLES, wait_s=5))
+        with_cube(shards[::-1], lambda cube: cube.open(TABLES, wait_s=60))
 
 
 def test_a_missing_shard_of_a_list_is_refused(shards):
     with pytest.raises(BadConfig, match="found shard 0 of 2, expected shard 0 of 1"):
-        with_cube(shards[:1], lambda cube: cube.open(TABLES, wait_s=5))
+        with_cube(shards[:1], lambda cube: cube.open(TABLES, wait_s=60))
 
 
 def test_a_shard_that_nobody_serves_is_unavailable_and_named():
@@ -151,7 +151,7 @@ def test_a_shard_that_dies_is_unavailable_and_the_others_still_answer(data):
     with started("cube-server", "--shard", 0, "--shards", 2, "--data", data) as one:
 
         async def ask(cube):
-            await cube.open(TABLES, wait_s=5)
+            await cube.open(TABLES, wait_s=60)
             dying.close()
             with pytest.raises(ShardUnavailable, match="cube shard 1"):
                 await cube.gather("t", Version(2), KEYS, timeout_s=5)
@@ -229,7 +229,7 @@ def test_several_tables_and_versions_are_one_lookup(data, shards, cache_bytes):
             for _ in range(30):  # the same hot keys again and again, so that the cache has some
                 asked = KEYS[rng.zipf(1.3, 60) % 500]
                 asks = [Ask("t", asked, Version(1)), Ask("t", asked[:0]), Ask("t", asked ^ np.uint64(1), Version(2))]
-                answers.append((asks, await cube.lookup([*asks, asks[0]], 5)))
+                answers.append((asks, await cube.lookup([*asks, asks[0]], 60)))
             calls = [balancer.counters.calls for balancer in cube.balancers]
             return answers, calls, cube.cache_stats
 
@@ -258,7 +258,7 @@ def test_answers_are_the_same_with_a_cache_and_without(asks, many_versions):
         for turn, places in enumerate(asks):
             keys = np.array(places, np.uint64) * np.uint64(0x9E3779B97F4A7C15)
             version = versions[turn % len(versions)]
-            answers.append((await cube.lookup([Ask("t", keys, version)], 5)).tables[0])
+            answers.append((await cube.lookup([Ask("t", keys, version)], 60)).tables[0])
         return answers
 
     async def work():
@@ -325,7 +325,7 @@ def test_an_answer_to_another_question_is_not_believed(change):
     async def work():
         cube = RemoteCube(["x:1", "x:2"])
         cube._balancers = [Liar(shard) for shard in range(2)]
-        await cube.gather("t", Version(2), np.arange(9, dtype=np.uint64), 5)
+        await cube.gather("t", Version(2), np.arange(9, dtype=np.uint64), 60)
 
     with pytest.raises(DataCorrupt, match=r"cube shard [01] of x:[12] reply: found"):
         asyncio.run(work())
@@ -334,15 +334,15 @@ def test_an_answer_to_another_question_is_not_believed(change):
 def test_threads_ask_through_a_blocking_cube(data, shards):
     local = LocalCube(data)
     with BlockingCube(lambda: RemoteCube(shards)) as cube, ThreadPoolExecutor(8) as threads:
-        cube.open({"t": (Version(2), 3)}, wait_s=5)
+        cube.open({"t": (Version(2), 3)}, wait_s=60)
         parts = [KEYS[start : start + 50] for start in range(0, 450, 7)]
-        for part, rows in zip(parts, threads.map(lambda part: cube.gather("t", None, part, 5), parts), strict=True):
+        for part, rows in zip(parts, threads.map(lambda part: cube.gather("t", None, part, 60), parts), strict=True):
             assert np.array_equal(rows.rows, local.rows("t", Version(2), part).rows)
         with pytest.raises(NotServed):
             cube.lookup([Ask("nowhere", KEYS)], 5)
     cube.close()
     with pytest.raises(Unavailable, match="the cube is closed"):
-        cube.gather("t", None, KEYS, 5)
+        cube.gather("t", None, KEYS, 60)
     with pytest.raises(BadConfig, match="row cache: found 1 bytes"):
         BlockingCube(lambda: RemoteCube(shards, cache_bytes=1))
 
@@ -368,7 +368,7 @@ def test_a_client_follows_what_operators_load_switch_and_unload(tmp_path):
 
             async def load():
                 while not over:
-                    rows = await cube.gather("t", None, KEYS, 5)
+                    rows = await cube.gather("t", None, KEYS, 60)
                     assert rows.found.all()
                     assert np.array_equal(rows.rows, ROWS * rows.version.base)
                     seen.add(rows.version.base)
@@ -377,16 +377,17 @@ def test_a_client_follows_what_operators_load_switch_and_unload(tmp_path):
             for path, base in zip(held, (2, 3), strict=True):
                 (tmp_path / path.name).rename(path)
                 await tell("Load", base)
-                pinned = await cube.gather("t", Version(base), KEYS, 5)  # the client had not heard of it
+                pinned = await cube.gather("t", Version(base), KEYS, 60)  # the client had not heard of it
                 assert np.array_equal(pinned.rows, ROWS * base)
                 await tell("Switch", base)
                 await tell("Unload", base - 1)
-                await asyncio.sleep(0.3)
+                while base not in seen:
+                    await asyncio.sleep(0.01)
             over = True
             await asyncio.gather(*callers)
-            assert (await cube.gather("t", None, KEYS, 5)).version == Version(3)
+            assert (await cube.gather("t", None, KEYS, 60)).version == Version(3)
             with pytest.raises(NotServed, match="version 1@0: not served here, which serves 3@0"):
-                await cube.gather("t", Version(1), KEYS, 5)
+                await cube.gather("t", Version(1), KEYS, 60)
             return seen
 
     with contextlib.ExitStack() as processes:
@@ -402,10 +403,10 @@ def test_a_server_of_another_shard_among_the_replicas_is_never_believed(shards):
         async with RemoteCube([f"list://{zero},{one}", one]) as cube:
             while True:  # `open` asks one of them only
                 with contextlib.suppress(BadConfig):
-                    await cube.open(TABLES, wait_s=5)
+                    await cube.open(TABLES, wait_s=60)
                     break
             for _ in range(40):  # the other replica is asked, and this one left out
-                assert (await cube.gather("t", Version(2), KEYS, 5)).found.all()
+                assert (await cube.gather("t", Version(2), KEYS, 60)).found.all()
 
     asyncio.run(work())
 
@@ -417,12 +418,12 @@ def test_who_has_less_time_does_not_wait_for_who_has_more():
 
         async def work():
             async with RemoteCube([address]) as cube:
-                patient = asyncio.ensure_future(cube.gather("t", None, KEYS, 30))
+                patient = asyncio.ensure_future(cube.gather("t", None, KEYS, 100))
                 await asyncio.sleep(0.05)
                 began = time.monotonic()
                 with pytest.raises((DeadlineExceeded, ShardUnavailable)):
                     await cube.gather("t", None, KEYS, 0.2)
-                assert time.monotonic() - began < 5
+                assert time.monotonic() - began < 50
                 patient.cancel()
                 with pytest.raises(asyncio.CancelledError):
                     await patient
@@ -433,7 +434,7 @@ def test_who_has_less_time_does_not_wait_for_who_has_more():
 def test_a_first_lookup_needs_only_the_shards_that_are_there(shards):
     async def work():
         async with RemoteCube([shards[0], "127.0.0.1:1"]) as cube:
-            return await cube.lookup([Ask("t", KEYS)], 5, partial=True)
+            return await cube.lookup([Ask("t", KEYS)], 60, partial=True)
 
     answer = asyncio.run(work())
     assert list(answer.unavailable) == [1]
@@ -455,7 +456,7 @@ def test_the_same_keys_go_to_the_same_replica_by_consistent_hash(data):
                     counts = []
                     for _ in range(5):
                         before = {r.target: r.calls for r in cube.balancers[0].status_of()}
-                        await cube.gather("t", Version(2), mine[start : start + 10], 5)
+                        await cube.gather("t", Version(2), mine[start : start + 10], 60)
                         counts += [r.target for r in cube.balancers[0].status_of() if r.calls > before.get(r.target, 0)]
                     used.append(set(counts))
                 return used

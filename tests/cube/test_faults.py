@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from certificates import Authority
 from places import BIN
+from ports import reserved_port
 from stores import built
 
 from cube.client import Ask, RemoteCube, split
@@ -45,31 +46,27 @@ class Cluster:
     def __init__(self, data):
         self._data = data
         self._processes = {}  # by address
-        begun = [[self._begin(shard) for _ in range(2)] for shard in range(2)]
-        self.addresses = [[self._announced(process) for process in shard] for shard in begun]
+        self._held = contextlib.ExitStack()  # nobody else listens where one was killed
+        self.addresses = [[self._held.enter_context(reserved_port()) for _ in range(2)] for _ in range(2)]
+        self.start()
 
     @property
     def targets(self):
         return ["list://" + ",".join(replicas) for replicas in self.addresses]
 
-    def _begin(self, shard, listen="127.0.0.1:0"):
-        command = [
-            BIN / "cube-server",
-            "--data",
-            self._data,
-            "--shards",
-            "2",
-            "--shard",
-            str(shard),
-            "--listen",
-            listen,
-        ]
-        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-
-    def _announced(self, process):
-        address = process.stdout.readline().split("listening on ")[1].split(",")[0]
-        self._processes[address] = process
-        return address
+    def start(self):
+        """Whatever does not run."""
+        begun = {}
+        for shard, replicas in enumerate(self.addresses):
+            for address in replicas:
+                if address not in self._processes or self._processes[address].poll() is not None:
+                    command = [BIN / "cube-server", "--data", self._data, "--shards", "2", "--shard", str(shard)]
+                    begun[address] = subprocess.Popen(
+                        [*command, "--listen", address], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+                    )
+        self._processes |= begun
+        for address, process in begun.items():
+            assert f"listening on {address}," in process.stdout.readline()
 
     def signal(self, address, number):
         self._processes[address].send_signal(number)
@@ -78,17 +75,6 @@ class Cluster:
         self.signal(address, signal.SIGKILL)
         self._processes[address].wait()
         self._processes[address].stdout.close()
-
-    def start_again(self):
-        """Whatever was killed."""
-        begun = [
-            self._begin(shard, address)
-            for shard, replicas in enumerate(self.addresses)
-            for address in replicas
-            if self._processes[address].poll() is not None
-        ]
-        for process in begun:
-            self._announced(process)
 
     def resident(self, address):
         """Bytes of memory."""
@@ -100,6 +86,7 @@ class Cluster:
             process.kill()
             process.wait()
             process.stdout.close()
+        self._held.close()
 
 
 @pytest.fixture(scope="module")
@@ -114,37 +101,36 @@ def cluster(data):
 def breakable(cluster):
     """The same for tests that kill: whatever is dead is started again."""
     yield cluster
-    cluster.start_again()
+    cluster.start()
 
 
-async def load(cube, seconds, timeout_s=5.0, callers=4):
-    """Calls for some seconds, every answer compared. Returns how many were right, errors, and the slowest."""
+async def load(cube, seconds, least=0, timeout_s=60.0, callers=4):
+    """Calls for some seconds, and until so many were right; every answer compared. Returns the errors."""
     rng, end = np.random.default_rng(0), time.monotonic() + seconds
-    right, errors, slowest = 0, [], 0.0
+    right, errors = 0, []
 
     async def caller():
-        nonlocal right, slowest
-        while time.monotonic() < end:
-            asked, begin = rng.integers(0, len(KEYS), 50), time.monotonic()
+        nonlocal right
+        while time.monotonic() < end or right + len(errors) < least:
+            asked = rng.integers(0, len(KEYS), 50)
             try:
                 rows = await cube.gather("t", Version(1), KEYS[asked], timeout_s)
             except ServingError as error:
                 errors.append(error)
                 await asyncio.sleep(0.01)
                 continue
-            slowest = max(slowest, time.monotonic() - begin)
             assert rows.found.all()
             assert np.array_equal(rows.rows, ROWS[asked])
             right += 1
 
     await asyncio.gather(*(caller() for _ in range(callers)))
-    return right, errors, slowest
+    return errors
 
 
 def under(cluster, work, **options):
     async def run():
         async with RemoteCube(cluster.targets, options=Options(**options)) as cube:
-            await cube.open({"t": (Version(1), 8)}, wait_s=10)
+            await cube.open({"t": (Version(1), 8)}, wait_s=60)
             return await work(cube)
 
     return asyncio.run(run())
@@ -152,33 +138,30 @@ def under(cluster, work, **options):
 
 def test_killing_one_of_two_replicas_of_each_shard_fails_no_call(breakable):
     async def work(cube):
-        running = asyncio.ensure_future(load(cube, LOAD_S))
+        running = asyncio.ensure_future(load(cube, LOAD_S, least=500))
         await asyncio.sleep(LOAD_S / 4)
         breakable.kill(breakable.addresses[0][0])
         await asyncio.sleep(LOAD_S / 4)
         breakable.kill(breakable.addresses[1][1])
         return await running
 
-    right, errors, _ = under(breakable, work)
+    errors = under(breakable, work)
     assert errors == []
-    assert right > 100
 
 
-@pytest.mark.alone  # the slowest of many calls is timed
+@pytest.mark.alone  # half of each call's time has to be enough for the other replica
 def test_a_replica_that_hangs_costs_no_call(cluster):
     async def work(cube):
-        running = asyncio.ensure_future(load(cube, 4.0, timeout_s=4.0))
+        running = asyncio.ensure_future(load(cube, 4.0, least=100, timeout_s=8.0))
         await asyncio.sleep(0.5)
         cluster.signal(cluster.addresses[0][0], signal.SIGSTOP)
         return await running
 
     try:
-        right, errors, slowest = under(cluster, work)
+        errors = under(cluster, work)
     finally:
         cluster.signal(cluster.addresses[0][0], signal.SIGCONT)
     assert errors == []
-    assert right > 100
-    assert slowest < 4.0
 
 
 def test_a_dead_shard_is_unavailable_in_time_and_the_others_rows_are_there(breakable):
@@ -187,9 +170,9 @@ def test_a_dead_shard_is_unavailable_in_time_and_the_others_rows_are_there(break
             breakable.kill(address)
         begin = time.monotonic()
         with pytest.raises(ShardUnavailable, match="cube shard 1: no answer"):
-            await cube.gather("t", Version(1), KEYS, 1.0)
-        assert time.monotonic() - begin < 5
-        return await cube.lookup([Ask("t", KEYS, Version(1)), Ask("t", KEYS[:10])], 1.0, partial=True)
+            await cube.gather("t", Version(1), KEYS, 100.0)
+        assert time.monotonic() - begin < 50  # nothing waits for the deadline
+        return await cube.lookup([Ask("t", KEYS, Version(1)), Ask("t", KEYS[:10])], 100.0, partial=True)
 
     answer = under(breakable, work)
     here, there = split(KEYS, 2, ShardRule.MIX)
@@ -212,18 +195,16 @@ def test_servers_that_come_back_are_found_again_by_a_running_client(breakable):
             breakable.kill(address)
         with pytest.raises(ShardUnavailable):
             await cube.gather("t", Version(1), KEYS, 0.5)
-        await asyncio.to_thread(breakable.start_again)
-        end = time.monotonic() + 20
-        while time.monotonic() < end:
+        await asyncio.to_thread(breakable.start)
+        while True:
             with contextlib.suppress(ShardUnavailable):
                 await cube.gather("t", Version(1), KEYS, 1.0)
                 break
             await asyncio.sleep(0.1)
-        return await load(cube, 0.5)
+        return await load(cube, 0.5, least=20)
 
-    right, errors, _ = under(breakable, work)
+    errors = under(breakable, work)
     assert errors == []
-    assert right > 20
 
 
 @pytest.mark.parametrize(
@@ -239,17 +220,16 @@ def test_servers_that_come_back_are_found_again_by_a_running_client(breakable):
 def test_nonsense_is_refused_and_nobody_else_notices(cluster, asked, kind):
     async def work(cube):
         async with Channel(cluster.addresses[0][0]) as channel:
-            running = asyncio.ensure_future(load(cube, 0.5))
+            running = asyncio.ensure_future(load(cube, 0.5, least=20))
             with pytest.raises((kind, ServingError)) as caught:
-                await channel.call(LOOKUP, pb.LookupRequest(tables=[asked]).SerializeToString(), 10)
+                await channel.call(LOOKUP, pb.LookupRequest(tables=[asked]).SerializeToString(), 60)
             assert caught.type is kind or "message of 80000" in str(caught.value)
             empty = pb.LookupRequest(tables=[pb.TableKeys(table="t")]).SerializeToString()
             assert not pb.LookupReply.FromString(bytes(await channel.call(LOOKUP, empty, 10))).tables[0].rows
             return await running
 
-    right, errors, _ = under(cluster, work)
+    errors = under(cluster, work)
     assert errors == []
-    assert right > 20
 
 
 def test_an_expired_certificate_is_refused_by_the_client(data, tmp_path):
@@ -263,7 +243,7 @@ def test_an_expired_certificate_is_refused_by_the_client(data, tmp_path):
         address = await listener.start("127.0.0.1:0")
         try:
             async with RemoteCube([address], tls=tls_context(str(authority.roots))) as cube:
-                await cube.open({"t": (Version(1), 8)}, wait_s=0.5)
+                await cube.open({"t": (Version(1), 8)}, wait_s=2)
         finally:
             await listener.drain(1)
 
@@ -291,10 +271,10 @@ def test_memory_stays_where_it_is_under_load(cluster):
 def test_unknown_tables_and_versions_are_named_by_the_client(cluster):
     async def work(cube):
         with pytest.raises(NotServed, match="table 'nowhere': not served here, which serves t"):
-            await cube.gather("nowhere", None, KEYS[:3], 5)
+            await cube.gather("nowhere", None, KEYS[:3], 60)
         with pytest.raises(NotServed, match="table 't' version 9@0: not served here, which serves 1@0"):
-            await cube.gather("t", Version(9), KEYS[:3], 5)
-        rows = await cube.gather("t", None, KEYS[:0], 5)
+            await cube.gather("t", Version(9), KEYS[:3], 60)
+        rows = await cube.gather("t", None, KEYS[:0], 60)
         assert rows.rows.shape == (0, 8)
 
     under(cluster, work)

@@ -45,7 +45,7 @@ def http(tmp_path_factory):
     built(data, "half", Version(7, 2), [5], [[0.25, 0.5, 1]], row_format=RowFormat.F16)
     with (
         cube_process(data, "--max-keys", 100_000, "--legacy-table", "wide") as server,
-        httpx.Client(base_url=f"http://{server.address}", timeout=30) as client,
+        httpx.Client(base_url=f"http://{server.address}", timeout=100) as client,
     ):
         yield client
 
@@ -252,7 +252,10 @@ def old(tmp_path_factory):
     for base in (7, 8):
         built(tmp_path / "all", "t", Version(base), [1], [[base]])
     shutil.copytree(tmp_path / "all" / "t" / "7@0", tmp_path / "data" / "t" / "7@0")
-    with cube_process(tmp_path / "data") as server, httpx.Client(base_url=f"http://{server.address}") as client:
+    with (
+        cube_process(tmp_path / "data") as server,
+        httpx.Client(base_url=f"http://{server.address}", timeout=100) as client,
+    ):
         shutil.copytree(tmp_path / "all" / "t" / "8@0", tmp_path / "data" / "t" / "8@0")
 
         def command(cmd, **more):

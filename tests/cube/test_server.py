@@ -42,7 +42,7 @@ def asked(keys=KEYS, table="t"):
 
 def samples(server, **headers):
     """By name and labels."""
-    text = httpx.get(f"http://{server.address}/metrics", headers=headers).raise_for_status().text
+    text = httpx.get(f"http://{server.address}/metrics", headers=headers, timeout=100).raise_for_status().text
     return {
         (sample.name, *sorted(sample.labels.values())): sample.value
         for family in text_string_to_metric_families(text)
@@ -76,7 +76,7 @@ def test_metrics_add_up_over_workers(data):
                 assert found["cube_worker_cpu_seconds_total", worker] > 0
         assert {server.status().lookups for _ in range(20)} == {calls}
         assert {server.status().tables[0].keys_found for _ in range(5)} == {2 * calls}
-        end = time.monotonic() + 20
+        end = time.monotonic() + 60
         while samples(server)["cube_connections_accepted_total",] < calls:  # each process looks once a second
             assert time.monotonic() < end
         assert samples(server)["cube_bytes_in_total",] > calls * 24
@@ -147,16 +147,20 @@ def test_a_token_is_needed_for_everything_but_health(data, tmp_path):
                 replies = channel.stream_stream(path)(iter([request.SerializeToString()]), timeout=20)
                 assert code_of(next, replies) is grpc.StatusCode.UNAUTHENTICATED
         url = f"http://{server.address}"
-        assert httpx.get(f"{url}/healthz").status_code == httpx.get(f"{url}/readyz").status_code == 200
+        assert (
+            httpx.get(f"{url}/healthz", timeout=100).status_code
+            == httpx.get(f"{url}/readyz", timeout=100).status_code
+            == 200
+        )
         for method, path in (
             ("GET", "/metrics"), ("GET", "/v1/tables"), ("POST", "/v1/tables/t:lookup"), ("POST", "/DictService/seek"),
             ("POST", "/ControlService/cmd"),
         ):  # fmt: skip
             for headers in ({}, {"authorization": "Bearer wrong"}, {"authorization": "Basic old-secret"}):
-                reply = httpx.request(method, f"{url}{path}", headers=headers)
+                reply = httpx.request(method, f"{url}{path}", headers=headers, timeout=100)
                 assert (reply.status_code, reply.headers["www-authenticate"]) == (401, "Bearer")
         right = {"authorization": "bearer old-secret"}
-        assert httpx.get(f"{url}/v1/tables", headers=right).status_code == 200
+        assert httpx.get(f"{url}/v1/tables", headers=right, timeout=100).status_code == 200
         assert samples(server, **right)["cube_refusals_total", "UNAUTHENTICATED"] == 5 * 3 + 2 + 5 * 3
         lines = server.log("refused: UNAUTHENTICATED")
         assert lines
@@ -172,9 +176,9 @@ def test_tls_and_clients_certificates(data, tmp_path):
     with cube_process(data, *flags, "--workers", 2, "--verify", "off") as server:
         url = f"https://localhost:{server.address.rpartition(':')[2]}/v1/tables"
         known = authority.client(*authority.issue("client", "a-client"))
-        assert httpx.get(url, verify=known).json()["tables"][0]["name"] == "t"
+        assert httpx.get(url, verify=known, timeout=100).json()["tables"][0]["name"] == "t"
         with pytest.raises(httpx.TransportError):
-            httpx.get(url, verify=authority.client())
+            httpx.get(url, verify=authority.client(), timeout=100)
 
 
 # ---- what it says ----
@@ -212,7 +216,7 @@ def test_draining_under_load_loses_nothing(data, workers, ask):
             message = asked(np.arange(500)).SerializeToString()
             while True:
                 try:
-                    reply = pb.LookupReply.FromString(bytes(await channel.call(LOOKUP, message, 10)))
+                    reply = pb.LookupReply.FromString(bytes(await channel.call(LOOKUP, message, 60)))
                 except ServingError as error:
                     if not (error.never_processed or str(error).startswith("cannot connect")):
                         lost.append(error)
@@ -227,10 +231,10 @@ def test_draining_under_load_loses_nothing(data, workers, ask):
             await asyncio.sleep(0.01)
         if ask == "Drain":
             async with Channel(server.address) as channel:
-                await channel.call("/cube_serving.cube.CubeControl/Drain", b"", 10)
+                await channel.call("/cube_serving.cube.CubeControl/Drain", b"", 60)
         else:
             server.process.send_signal(signal.SIGTERM)
-        await asyncio.wait_for(asyncio.gather(*callers), 30)
+        await asyncio.wait_for(asyncio.gather(*callers), 100)
         return lost
 
     with cube_process(data, "--workers", workers, "--verify", "off") as server:

@@ -202,14 +202,14 @@ def test_a_store_is_held_as_long_as_a_thread_reads_it(tmp_path, gives_up):
     async def work():
         request = pb.LookupRequest(tables=[pb.TableKeys(table="t", keys=np.resize(KEYS, 30_000).tobytes())])
         task = asyncio.ensure_future(service.lookup(request.SerializeToString(), Call(LOOKUP)))
-        await asyncio.to_thread(begun.wait, 10)
+        await asyncio.to_thread(begun.wait, 60)
         if gives_up:
             task.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await task
         assert events.count("held") > events.count("released")
         may_end.set()
-        end = time.monotonic() + 10
+        end = time.monotonic() + 60
         while events.count("held") > events.count("released") and time.monotonic() < end:
             await asyncio.sleep(0.01)
         assert events.count("held") == events.count("released")
@@ -228,7 +228,7 @@ async def scanned(service, **asked):
     try:
         async with Channel(address) as channel:
             request = pb.ScanRequest(**asked).SerializeToString()
-            stream = await channel.stream(SCAN, request, 10)
+            stream = await channel.stream(SCAN, request, 60)
             return [pb.ScanReply.FromString(bytes(message)) async for message in stream]
     finally:
         await listener.drain(1)

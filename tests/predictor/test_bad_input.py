@@ -45,7 +45,7 @@ OPS = """
         inputs = outputs = {"x": X}
 
         def run(self, batch):
-            time.sleep(0.3)
+            time.sleep(1)
             return dict(batch)
 """
 WORKFLOW = 'workflows {{ name: "{0}" nodes {{ name: "n" type: {1} }} {2} }}\n'

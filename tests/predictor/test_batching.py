@@ -79,7 +79,7 @@ def batcher_of(runs, **limits):
 
 
 def run(work):
-    return asyncio.run(asyncio.wait_for(work, 20))
+    return asyncio.run(asyncio.wait_for(work, 120))
 
 
 # ---- the decision ----
@@ -165,7 +165,7 @@ def test_what_comes_while_a_batch_runs_is_the_next_batch():
     async def main():
         batcher = batcher_of(runs)
         first = asyncio.ensure_future(asked(batcher, 1))
-        await asyncio.sleep(0.01)
+        await asyncio.sleep(0)
         others = [asyncio.ensure_future(asked(batcher, n)) for n in range(2, 8)]
         return await asyncio.gather(first, *others)
 
@@ -190,7 +190,7 @@ def test_with_a_delay_requests_wait_for_company():
     runs = Runs()
 
     async def main():
-        batcher = batcher_of(runs, max_delay_s=0.2)
+        batcher = batcher_of(runs, max_delay_s=1)
         begin = time.monotonic()
         first = asyncio.ensure_future(asked(batcher, 1))
         await asyncio.sleep(0.02)
@@ -198,7 +198,7 @@ def test_with_a_delay_requests_wait_for_company():
         assert await first == [10]
         return time.monotonic() - begin
 
-    assert run(main()) >= 0.19
+    assert run(main()) >= 0.99
     assert runs.runs == [[1, 2]]
 
 
@@ -235,7 +235,7 @@ def test_an_oversize_request_is_split_and_joined():
 
 
 def test_priorities_leave_first():
-    runs = Runs(seconds=0.02)
+    runs = Runs(seconds=0.1)
 
     async def main():
         batcher = batcher_of(runs, max_rows=1)
@@ -250,7 +250,7 @@ def test_priorities_leave_first():
 
 def test_low_priorities_yield_to_so_many_and_no_more(monkeypatch):
     monkeypatch.setattr(batching, "_YIELDS", 3)
-    runs = Runs(seconds=0.005)
+    runs = Runs(seconds=0.1)
 
     async def main():
         batcher = batcher_of(runs, max_rows=1)
@@ -265,7 +265,7 @@ def test_low_priorities_yield_to_so_many_and_no_more(monkeypatch):
 
 
 def test_expired_requests_leave_before_compute():
-    runs = Runs(seconds=0.05)
+    runs = Runs(seconds=0.5)
 
     async def main():
         batcher = batcher_of(runs)
@@ -273,7 +273,7 @@ def test_expired_requests_leave_before_compute():
         await asyncio.sleep(0)
         late = asyncio.ensure_future(asked(batcher, 2, deadline=time.monotonic() + 0.01))
         gone = asyncio.ensure_future(asked(batcher, 3))
-        kept = asyncio.ensure_future(asked(batcher, 4, deadline=time.monotonic() + 15))
+        kept = asyncio.ensure_future(asked(batcher, 4, deadline=time.monotonic() + 100))
         await asyncio.sleep(0.01)
         gone.cancel()
         with pytest.raises(DeadlineExceeded, match="workflow 'w': the deadline passed while it was waiting"):
@@ -389,12 +389,12 @@ def test_a_batch_has_the_latest_of_its_deadlines():
     async def main():
         batcher = Batcher("w", start, PORTS, Limits(max_delay_s=0.01))
         now = time.monotonic()
-        await asyncio.gather(asked(batcher, 1, deadline=now + 5), asked(batcher, 2, deadline=now + 9))
-        await asyncio.gather(asked(batcher, 1, deadline=now + 5), asked(batcher, 2))
+        await asyncio.gather(asked(batcher, 1, deadline=now + 50), asked(batcher, 2, deadline=now + 90))
+        await asyncio.gather(asked(batcher, 1, deadline=now + 50), asked(batcher, 2))
         return now
 
     now = run(main())
-    assert seen == [now + 9, None]
+    assert seen == [now + 90, None]
 
 
 def test_off_means_a_run_for_each_within_the_same_bounds():
@@ -416,7 +416,7 @@ def test_off_means_a_run_for_each_within_the_same_bounds():
 
 
 def test_a_batch_that_nobody_waits_for_is_cancelled():
-    runs = Runs(seconds=15)
+    runs = Runs(seconds=100)
 
     async def main():
         batcher = batcher_of(runs)

@@ -275,9 +275,9 @@ def test_a_predictor_in_the_middle_of_a_long_run_still_stops_at_once(tmp_path):
             assert client.is_server_live()  # answered after the run was handed to a thread
             begin = time.monotonic()
             process.send_signal(signal.SIGINT)
-            assert process.wait(timeout=30) == 0
-            assert time.monotonic() - begin < 5  # about a second where nothing else runs; the run takes minutes
-            assert answers.get(timeout=5) is not None
+            assert process.wait(timeout=60) == 0
+            assert time.monotonic() - begin < 30  # about a second where nothing else runs; the run takes minutes
+            assert answers.get(timeout=60) is not None
 
 
 def test_names_of_any_length_are_refused_in_a_message_that_arrives(client):

@@ -33,8 +33,8 @@ def broken(demo, tmp_path):
     return spoil
 
 
-def refused(command, *args):
-    done = command("predictor-server", *args, "--check", "--cube-wait-s", 1)
+def refused(command, *args, wait_s=60):
+    done = command("predictor-server", *args, "--check", "--cube-wait-s", wait_s)
     assert done.returncode == 1, done.stdout
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith("predictor-server: ")
@@ -96,7 +96,7 @@ def test_a_remote_cube_without_the_models_version_is_refused(demo, command, serv
 
 def test_a_cube_that_nobody_serves_is_named_after_the_wait(demo, command):
     assert "cube shard 0: no answer from 127.0.0.1:1" in refused(
-        command, "--model", demo.pruned, "--cube", "127.0.0.1:1"
+        command, "--model", demo.pruned, "--cube", "127.0.0.1:1", wait_s=1
     )
 
 

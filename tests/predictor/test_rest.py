@@ -72,7 +72,7 @@ def address(tmp_path_factory):
 
 @pytest.fixture
 def http(address):
-    with httpx.Client(base_url=f"http://{address}", timeout=30) as client:
+    with httpx.Client(base_url=f"http://{address}", timeout=100) as client:
         yield client
 
 

@@ -21,12 +21,12 @@ class Caller:
     def __init__(self, channel, metadata):
         self._channel, self._metadata = channel, metadata
 
-    def begin(self, path, request, kind, timeout_s=20):
+    def begin(self, path, request, kind, timeout_s=100):
         """A future of the reply."""
         send = self._channel.unary_unary(path, response_deserializer=kind.FromString)
         return send.future(request.SerializeToString(), timeout=timeout_s, metadata=self._metadata)
 
-    def __call__(self, path, request, kind, timeout_s=20):
+    def __call__(self, path, request, kind, timeout_s=100):
         """The reply."""
         return self.begin(path, request, kind, timeout_s).result()
 
@@ -69,11 +69,11 @@ class CubeProcess:
     def wait_for(self, text, count=1):
         """Until there are so many lines with `text` in it."""
         with self._news:
-            assert self._news.wait_for(lambda: sum(text in line for line in self.lines) >= count, 20), self.lines
+            assert self._news.wait_for(lambda: sum(text in line for line in self.lines) >= count, 60), self.lines
 
     def end(self):
         """Wait for its end: exit code and log."""
-        code = self.process.wait(30)
+        code = self.process.wait(100)
         self._reader.join()
         return code, "\n".join(self.lines)
 
@@ -83,7 +83,7 @@ class CubeProcess:
         with grpc.insecure_channel(self.address, options=[("grpc.use_local_subchannel_pool", 1)]) as channel:
             yield Caller(channel, [("authorization", f"Bearer {token}")] if token else None)
 
-    def control(self, verb, table, base, delta=0, timeout_s=20):
+    def control(self, verb, table, base, delta=0, timeout_s=100):
         """Load, Switch or Unload → StatusReply."""
         with self.calling() as call:
             request = pb.VersionRequest(table=table, version=pb.Version(base=base, delta=delta))
@@ -110,5 +110,5 @@ def cube_process(data, *flags, new_group=False, listen="127.0.0.1:0"):
         for pid in server.workers:
             os.kill(pid, signal.SIGKILL)  # one may have been stopped
         process.kill()
-        process.wait(20)
+        process.wait(60)
         server.close()

@@ -20,7 +20,7 @@ from cube.rpc.listener import Listener, Tls
 from cube.rpc.reflection import Reflection
 from cube.rpc.router import Request, Response, Router
 
-_READY_S = 20.0
+_READY_S = 100.0
 
 LARGE = bytes(range(256)) * 4096  # what GET /large answers
 

@@ -26,6 +26,6 @@ print(resident("VmHWM") - before)
 def taken(small, wide, out, samples=256):
     """Bytes at the most, beyond what a small program of the same kind takes. samples: to compare on."""
     line = [sys.executable, "-c", CODE, *map(str, (small, wide, out, samples))]
-    done = subprocess.run(line, capture_output=True, text=True, cwd=ROOT, timeout=300)
+    done = subprocess.run(line, capture_output=True, text=True, cwd=ROOT, timeout=600)
     assert done.returncode == 0, done.stderr
     return int(done.stdout)

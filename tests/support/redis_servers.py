@@ -10,7 +10,7 @@ from contextlib import ExitStack, contextmanager
 
 import pytest
 
-_READY_S = 20.0
+_READY_S = 60.0
 _TRIES = 3
 
 
@@ -59,7 +59,7 @@ def _started(home: str, options: tuple[str, ...]) -> tuple[int, subprocess.Popen
 def redis_cluster() -> Iterator[list[int]]:
     """A Cluster of three nodes without replicas: their ports."""
     with ExitStack() as nodes:
-        options = ("--cluster-enabled", "yes", "--cluster-node-timeout", "2000")
+        options = ("--cluster-enabled", "yes", "--cluster-node-timeout", "20000")
         ports = [nodes.enter_context(redis_process(*options))[0] for _ in range(3)]
         line = ["redis-cli", "--cluster", "create", *(f"127.0.0.1:{port}" for port in ports)]
         line += ["--cluster-replicas", "0", "--cluster-yes"]

@@ -99,7 +99,7 @@ class GrpcioAio:
     def __init__(self, target):
         self._channel = aio.insecure_channel(target, options=_OPTIONS)
 
-    async def start(self, path, kind, request, timeout_s=10, metadata=(), compression=None):
+    async def start(self, path, kind, request, timeout_s=100, metadata=(), compression=None):
         method = getattr(self._channel, _MAKES[kind])(path)
         given = () if kind.takes_stream else (request,)
         options = {"timeout": timeout_s, "metadata": tuple(metadata), "compression": _COMPRESSION[compression]}
@@ -163,7 +163,7 @@ class GrpcioSync:
         self._threads = ThreadPoolExecutor(64)
         self._calls = []
 
-    async def start(self, path, kind, request, timeout_s=10, metadata=(), compression=None):
+    async def start(self, path, kind, request, timeout_s=100, metadata=(), compression=None):
         if compression not in self._channels:  # as an option of a call it has no effect on every kind
             coding = _COMPRESSION[compression]
             self._channels[compression] = grpc.insecure_channel(self._target, options=_OPTIONS, compression=coding)
@@ -227,7 +227,7 @@ class Ours:
     def __init__(self, target):
         self._channel = Channel(target)
 
-    async def start(self, path, kind, request, timeout_s=10, metadata=(), compression=None):
+    async def start(self, path, kind, request, timeout_s=100, metadata=(), compression=None):
         options = {"metadata": metadata, "compression": compression}
         if kind is Kind.UNARY:
             return _OurUnaryCall(asyncio.ensure_future(self._channel.unary(path, request, timeout_s, **options)))
@@ -302,11 +302,11 @@ class OursBlocking:
         call = functools.partial(function, *args, **options)
         return await asyncio.get_running_loop().run_in_executor(self._threads, call)
 
-    async def unary(self, path, request, timeout_s=10, **options):
+    async def unary(self, path, request, timeout_s=100, **options):
         answer = await self._in_thread(self._channel.unary, path, request, timeout_s, **options)
         return Answer([bytes(answer.message)], fields_of(answer.initial), fields_of(answer.trailing))
 
-    async def start(self, path, kind, request, timeout_s=10, **options):
+    async def start(self, path, kind, request, timeout_s=100, **options):
         stream = await self._in_thread(self._channel.stream, path, request, timeout_s, **options)
         return _OurBlockingCall(stream, kind, self._in_thread)
 
@@ -351,11 +351,11 @@ class Ran(NamedTuple):
 
 async def grpcurl(*args):
     """Run grpcurl without TLS, beside a door in this process."""
-    command = [str(BIN / "grpcurl"), "-plaintext", "-max-time", "20", *args]
+    command = [str(BIN / "grpcurl"), "-plaintext", "-max-time", "90", *args]
     pipe = asyncio.subprocess.PIPE
     process = await asyncio.create_subprocess_exec(*command, stdout=pipe, stderr=pipe)
     try:
-        out, err = await asyncio.wait_for(process.communicate(), 30)
+        out, err = await asyncio.wait_for(process.communicate(), 100)
     finally:
         if process.returncode is None:
             process.kill()
@@ -437,8 +437,8 @@ REFUSALS = {"lean": {"UNAVAILABLE"}, "grpcio": {"UNAVAILABLE", "CANCELLED"}}
 # grpcio's server waits until a peer has answered a ping, and this one reads only while somebody waits for a reply.
 DRAINS_LATE = {("grpcio", "ours-blocking")}
 
-CLOSE_S = 20
-LIMIT_S = 60  # of one test's work: it hangs no longer
+CLOSE_S = 60
+LIMIT_S = 200  # of one test's work: it hangs no longer
 
 
 def with_door(door_name, client_name, handlers, work, limits=None):

@@ -94,7 +94,7 @@ class Server:
                 return lines
         raise AssertionError(f"{text!r} was never said: {lines}")
 
-    def end(self, seconds=20):
+    def end(self, seconds=60):
         """Wait for its end: exit code, the rest of its output, the rest of its errors."""
         out, err = self.process.communicate(timeout=seconds)
         return self.process.returncode, out, err
@@ -125,7 +125,7 @@ def small_server(*flags, new_group=False):
         yield Server(process)
     finally:
         process.kill()
-        process.wait(20)
+        process.wait(60)
         process.stdout.close()
         process.stderr.close()
 

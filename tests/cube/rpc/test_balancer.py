@@ -6,7 +6,6 @@ import dataclasses
 import gc
 import os
 import signal
-import socket
 import time
 from collections import Counter
 
@@ -25,6 +24,7 @@ from cube.errors import (
     ServingError,
     Unavailable,
 )
+from cube.rpc import balancer as balancer_module
 from cube.rpc.balancer import Balancer
 from cube.rpc.calls import StatusError
 from cube.rpc.channel import tls_context
@@ -52,7 +52,7 @@ def run_in(loop, work, seconds):
     assert not complaints
 
 
-def run(work, seconds=30):
+def run(work, seconds=120):
     """Where it does not matter which loop it is."""
     run_in("uvloop", work, seconds)
 
@@ -60,7 +60,7 @@ def run(work, seconds=30):
 @pytest.fixture(params=LOOPS)
 def run_each(request):
     """Where timers, cancellation and the end of tasks meet."""
-    return lambda work, seconds=30: run_in(request.param, work, seconds)
+    return lambda work, seconds=120: run_in(request.param, work, seconds)
 
 
 class Server:
@@ -68,6 +68,7 @@ class Server:
 
     def __init__(self, answer=None, limits=None, tls=None):
         self.answer, self.asked, self.running, self.cancelled = answer, 0, 0, 0
+        self.left_s = None  # that the last ASK had, on arrival
         handlers = {ECHO: lambda message, call: message, ASK: self._ask}
         self.listener = Listener(handlers, None, limits or Limits(), tls)
         self.address = ""
@@ -75,6 +76,7 @@ class Server:
     async def _ask(self, message, call):
         self.asked += 1
         self.running += 1
+        self.left_s = call.deadline and call.deadline - time.monotonic()
         try:
             answer = self.answer(bytes(message)) if self.answer else message
             return await answer if asyncio.iscoroutine(answer) else answer
@@ -102,13 +104,7 @@ def balancer_of(servers, **options):
     return Balancer([server.address for server in servers], Options(**{"policy": IN_TURN, **options}))
 
 
-def free_port():
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return f"127.0.0.1:{one.getsockname()[1]}"
-
-
-async def until(what, seconds=5):
+async def until(what, seconds=60):
     """Wait for something that has no event."""
     async with asyncio.timeout(seconds):
         while not what():
@@ -126,6 +122,28 @@ async def hangs(message):
     await asyncio.Event().wait()
 
 
+class Clock:
+    """The balancer's: each look at it takes a while, as calls do, and more passes only when a test says so."""
+
+    def __init__(self):
+        self.now, self.look_s = time.monotonic(), 1e-4
+
+    def __call__(self):
+        self.now += self.look_s
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(balancer_module, "monotonic", clock)
+    return clock
+
+
+def in_flight(balancer):
+    return sum(facts.in_flight for facts in balancer.status_of())
+
+
 def facts(balancer, server):
     return next(facts for facts in balancer.status_of() if facts.target == server.address)
 
@@ -139,7 +157,7 @@ def test_every_replica_is_asked(policy):
         async with serving(None, None, None) as servers, balancer_of(servers, policy=policy) as balancer:
             for key in range(0, 300, 30):
                 keys = range(key, key + 30)
-                answers = await asyncio.gather(*(balancer.call(ASK, b"%d" % key, 5, key=key) for key in keys))
+                answers = await asyncio.gather(*(balancer.call(ASK, b"%d" % key, 60, key=key) for key in keys))
                 assert answers == [b"%d" % key for key in keys]
             assert all(server.asked > 20 for server in servers)
             assert balancer.targets == tuple(server.address for server in servers)
@@ -156,7 +174,7 @@ def test_a_key_has_its_replica():
     async def work():
         async with serving(None, None) as servers, balancer_of(servers, policy=Policy.CONSISTENT_HASH) as balancer:
             for _ in range(20):
-                await balancer.call(ASK, b"", 5, key=7)
+                await balancer.call(ASK, b"", 60, key=7)
             assert sorted(server.asked for server in servers) == [0, 20]
 
     run(work)
@@ -170,9 +188,9 @@ def test_what_a_channel_can():
             reply = await balancer.call(ECHO, [b"a" * 999, b"b"], None, metadata=[("k", "v")], compression="gzip")
             assert reply == b"a" * 999 + b"b"
             with pytest.raises(Overloaded):
-                await balancer.call(ECHO, b"12345", 5, max_reply_bytes=4)
+                await balancer.call(ECHO, b"12345", 60, max_reply_bytes=4)
             with pytest.raises(TypeError):
-                await balancer.call(ECHO, "text", 5)
+                await balancer.call(ECHO, "text", 60)
             with pytest.raises(ServingError):
                 await balancer.call("/t.T/None", b"", 5)
             assert facts(balancer, servers[0]).failures == 0
@@ -192,7 +210,7 @@ def test_tls_and_a_name(tmp_path):
             context = tls_context(authority.roots)
             async with Balancer(f"dns://localhost:{port}", tls=context) as balancer:
                 assert balancer.targets == ()
-                assert await balancer.call(ECHO, b"x", 5) == b"x"
+                assert await balancer.call(ECHO, b"x", 60) == b"x"
                 assert server.address in balancer.targets
 
     run(work)
@@ -207,34 +225,34 @@ def test_targets_that_are_none(target):
 # ---- servers that fail ----
 
 
-def test_a_replica_that_is_not_there():
+def test_a_replica_that_is_not_there(reserve, clock):
     async def work():
         async with serving(None) as (server,):
-            gone = free_port()
+            gone = reserve()
             async with Balancer([gone, server.address], Options(policy=IN_TURN)) as balancer:
                 for idempotent in (False, True) * 10:
-                    assert await balancer.call(ECHO, b"x", 5, idempotent=idempotent) == b"x"
+                    assert await balancer.call(ECHO, b"x", 60, idempotent=idempotent) == b"x"
                 status = {facts.target: facts for facts in balancer.status_of()}
                 assert status[gone].calls == status[gone].failures == 1  # then it is out
-                assert status[gone].ejected_until > asyncio.get_running_loop().time()
+                assert status[gone].ejected_until > clock.now
 
     run(work)
 
 
-def test_all_replicas_are_not_there():
+def test_all_replicas_are_not_there(reserve):
     async def work():
-        ports = [free_port() for _ in range(3)]
+        ports = [reserve() for _ in range(3)]
         async with Balancer(ports) as balancer:
             with pytest.raises(Unavailable, match="cannot connect") as caught:
-                await balancer.call(ECHO, b"", 5)
+                await balancer.call(ECHO, b"", 60)
             assert caught.value.never_processed
             with pytest.raises(DeadlineExceeded, match="cannot connect"):
                 await balancer.call(ECHO, b"", 0.2, wait_for_ready=True)
-            waiting = asyncio.create_task(balancer.call(ECHO, b"late", 10, wait_for_ready=True))
+            waiting = asyncio.create_task(balancer.call(ECHO, b"late", 60, wait_for_ready=True))
             await asyncio.sleep(0.1)
             async with serving(None, listen=ports[1]):
                 assert await waiting == b"late"
-                assert await balancer.call(ECHO, b"now", 5) == b"now"
+                assert await balancer.call(ECHO, b"now", 60) == b"now"
 
     run(work)
 
@@ -248,8 +266,8 @@ def test_kill_one_of_two_under_load():
 
                 async def caller():
                     while not stop.is_set():
-                        await balancer.call(SLEEP, b"0.005", 5)
-                        answers[bytes(await balancer.call(PID, b"", 5))] += 1
+                        await balancer.call(SLEEP, b"0.005", 60)
+                        answers[bytes(await balancer.call(PID, b"", 60))] += 1
 
                 async with asyncio.TaskGroup() as group:
                     for _ in range(64):
@@ -262,25 +280,22 @@ def test_kill_one_of_two_under_load():
                 assert balancer.counters.retries > 0
                 assert balancer.counters.budget_refusals == 0
 
-        run(work, 40)
+        run(work)
 
 
 @pytest.mark.parametrize("policy", [Policy.ROUND_ROBIN, Policy.LEAST_LOADED])
-@pytest.mark.alone  # 16 callers, and the longest call is timed
+@pytest.mark.alone  # half of each call's time has to be enough for the other
 def test_stop_one_of_two_under_load(policy):
     """Its port accepts, and nothing comes: only time tells. It is asked again when it goes on."""
 
     async def work(stopped, other):
         options = Options(policy=policy, eject_s=0.3)
         async with Balancer([stopped.address, other.address], options) as balancer:
-            answers, longest, stop = Counter(), 0.0, asyncio.Event()
+            answers, stop = Counter(), asyncio.Event()
 
             async def caller():
-                nonlocal longest
                 while not stop.is_set():
-                    began = time.monotonic()
-                    answers[int(await balancer.call(PID, b"", 2))] += 1
-                    longest = max(longest, time.monotonic() - began)
+                    answers[int(await balancer.call(PID, b"", 6))] += 1
                     await asyncio.sleep(0.002)
 
             async with asyncio.TaskGroup() as group:
@@ -289,14 +304,13 @@ def test_stop_one_of_two_under_load(policy):
                 await until(lambda: answers[stopped.pid] > 50)
                 os.kill(stopped.pid, signal.SIGSTOP)
                 had = answers[other.pid]
-                await until(lambda: answers[other.pid] > had + 1000, 10)
+                await until(lambda: answers[other.pid] > had + 1000)
                 if policy is Policy.ROUND_ROBIN:  # the other keeps away from it before it has failed three times
-                    assert facts(balancer, stopped).ejected_until is not None
+                    await until(lambda: facts(balancer, stopped).ejected_until is not None)
                 os.kill(stopped.pid, signal.SIGCONT)
                 had = answers[stopped.pid]
-                await until(lambda: answers[stopped.pid] > had + 50, 10)
+                await until(lambda: answers[stopped.pid] > had + 50)
                 stop.set()
-            assert longest < 2
 
     with small_server() as stopped, small_server() as other:
         try:
@@ -305,25 +319,25 @@ def test_stop_one_of_two_under_load(policy):
             os.kill(stopped.pid, signal.SIGCONT)
 
 
-def test_ejected_and_recovered():
+def test_ejected_and_recovered(clock):
     async def work():
         async with serving(fails(StatusError("UNAVAILABLE", "sick")), None) as servers:
             sick, well = servers
             async with balancer_of(servers, eject_s=0.2) as balancer:
                 for _ in range(20):
-                    assert await balancer.call(ASK, b"x", 5) == b"x"
+                    assert await balancer.call(ASK, b"x", 60) == b"x"
                 assert sick.asked == 3
                 assert facts(balancer, sick).failures == 3
                 assert facts(balancer, sick).ejected_until is not None
                 assert facts(balancer, well).ejected_until is None
-                await asyncio.sleep(0.3)
+                clock.now += 0.3
                 for _ in range(20):  # asked once more, then left alone for longer
-                    assert await balancer.call(ASK, b"x", 5) == b"x"
+                    assert await balancer.call(ASK, b"x", 60) == b"x"
                 assert sick.asked == 4
                 sick.answer = None
-                await asyncio.sleep(0.6)
+                clock.now += 0.6
                 for _ in range(20):
-                    assert await balancer.call(ASK, b"x", 5) == b"x"
+                    assert await balancer.call(ASK, b"x", 60) == b"x"
                 assert sick.asked > 10
                 assert facts(balancer, sick).ejected_until is None
 
@@ -336,7 +350,7 @@ def test_the_callers_faults_are_not_the_replicas(error):
         async with serving(fails(error), fails(error)) as servers, balancer_of(servers) as balancer:
             for _ in range(10):
                 with pytest.raises(ServingError) as caught:
-                    await balancer.call(ASK, b"", 5)
+                    await balancer.call(ASK, b"", 60)
                 assert caught.value.status.code == error.wire.grpc
             assert [server.asked for server in servers] == [5, 5]
             assert not any(facts.failures for facts in balancer.status_of())
@@ -358,24 +372,25 @@ def lacks_version_1(code):
 
 @pytest.mark.parametrize("code", LACKS)
 @pytest.mark.parametrize("policy", Policy)
-def test_what_one_replica_lacks_another_answers(code, policy):
+def test_what_one_replica_lacks_another_answers(code, policy, clock):
     """No call fails, and the one that is behind is left out; once it is not, it is asked as before."""
 
     async def work():
         async with serving(lacks_version_1(code), None) as servers:
             behind, ahead = servers
-            async with balancer_of(servers, policy=policy, eject_s=0.3, eject_most_s=0.3) as balancer:
+            async with balancer_of(servers, policy=policy, eject_s=20, eject_most_s=20) as balancer:
+                clock.look_s = 0.002  # slower than one that refuses at once
                 for key in range(200):
-                    assert await balancer.call(ASK, b"1@0", 5, key=key) == b"1@0"
+                    assert await balancer.call(ASK, b"1@0", 60, key=key) == b"1@0"
                 assert 0 < behind.asked <= 10  # three, and now and then one to find out
                 assert facts(balancer, behind).ejected_until is not None
                 assert facts(balancer, behind).failures == balancer.counters.retries == behind.asked
                 assert facts(balancer, ahead).failures == 0
                 assert balancer.counters.budget_refusals == 0
                 behind.answer = None
-                await asyncio.sleep(0.4)
+                clock.now += 25
                 for key in range(100):
-                    assert await balancer.call(ASK, b"1@0", 5, key=key) == b"1@0"
+                    assert await balancer.call(ASK, b"1@0", 60, key=key) == b"1@0"
                 assert facts(balancer, behind).ejected_until is None
 
     run(work)
@@ -389,7 +404,7 @@ def test_a_replica_that_lacks_something_rarely_asked_for_stays_in():
         async with serving(lacking, None) as servers, balancer_of(servers, retry_saved=2) as balancer:
             for _ in range(100):
                 for message in (b"1@0", b"2@0", b"2@0"):  # of three calls each has every second
-                    assert await balancer.call(ASK, message, 5) == message
+                    assert await balancer.call(ASK, message, 60) == message
             assert balancer.counters.retries == facts(balancer, servers[0]).failures == 50
             assert facts(balancer, servers[0]).ejected_until is None
 
@@ -413,7 +428,7 @@ def test_what_all_lack_is_the_callers_fault(code):
             for _ in range(100):
                 had = balancer.counters.retries
                 with pytest.raises(ServingError, match=f"^refusal {expected}( |$)") as caught:
-                    await balancer.call(ASK, b"wrong", 5)
+                    await balancer.call(ASK, b"wrong", 60)
                 assert caught.value.status.code == code
                 expected += 1 + balancer.counters.retries - had
             assert sum(server.asked for server in servers) == 100 + balancer.counters.retries
@@ -422,7 +437,7 @@ def test_what_all_lack_is_the_callers_fault(code):
             assert not any(facts.failures or facts.ejected_until for facts in balancer.status_of())
             had = balancer.counters.retries
             with pytest.raises(Unavailable, match="not now"):
-                await balancer.call(ASK, b"right", 5)
+                await balancer.call(ASK, b"right", 60)
             assert balancer.counters.retries == had + 2
 
     run(work)
@@ -435,7 +450,7 @@ def test_a_refusal_is_not_taken_elsewhere(options, idempotent):
         async with serving(refusing, refusing) as servers, balancer_of(servers, **options) as balancer:
             for _ in range(10):
                 with pytest.raises(NotServed):
-                    await balancer.call(ASK, b"", 5, idempotent=idempotent)
+                    await balancer.call(ASK, b"", 60, idempotent=idempotent)
             assert [server.asked for server in servers] == [5, 5]
             assert not any(facts.failures for facts in balancer.status_of())
 
@@ -453,23 +468,23 @@ def test_a_refusal_stands_unless_another_replica_answers(other):
         async with serving(unable, unable, unable) as servers, balancer_of(servers) as balancer:
             servers[1].answer = fails(NotServed("t", []))  # whose turn is first
             with pytest.raises(NotServed, match="t: not served here"):
-                await balancer.call(ASK, b"", 0.3)
+                await balancer.call(ASK, b"", 60 if other else 2)
             assert [server.asked for server in servers].count(1) == 2
             assert facts(balancer, servers[1]).failures == 0  # nobody has said that it should have it
 
     run(work)
 
 
-def test_one_that_was_behind_is_back_when_it_lacks_no_more_than_others():
+def test_one_that_was_behind_is_back_when_it_lacks_no_more_than_others(clock):
     async def work():
         async with serving(fails(NotServed("t", [])), None) as servers, balancer_of(servers, eject_s=0.1) as balancer:
             for _ in range(10):
-                await balancer.call(ASK, b"", 5)
+                await balancer.call(ASK, b"", 60)
             assert facts(balancer, servers[0]).ejected_until is not None
             servers[1].answer = servers[0].answer
-            await asyncio.sleep(0.2)
+            clock.now += 0.2
             with pytest.raises(NotServed):
-                await balancer.call(ASK, b"", 5)
+                await balancer.call(ASK, b"", 60)
             assert facts(balancer, servers[0]).ejected_until is None
 
     run(work)
@@ -477,15 +492,12 @@ def test_one_that_was_behind_is_back_when_it_lacks_no_more_than_others():
 
 def test_after_a_refusal_the_other_has_all_the_time_that_is_left():
     async def work():
-        async def slow(message):
-            await asyncio.sleep(1)
-            return message
-
-        async with serving(slow, slow, slow) as servers, balancer_of(servers) as balancer:
+        async with serving(None, None, None) as servers, balancer_of(servers) as balancer:
             servers[1].answer = fails(NotServed("t", []))  # whose turn is first
-            assert await balancer.call(ASK, b"x", 1.9) == b"x"
-            assert sum(server.asked for server in servers) == 2
-            assert servers[1].asked == 1
+            assert await balancer.call(ASK, b"x", 100) == b"x"
+            assert [server.asked for server in servers].count(1) == 2
+            assert servers[1].left_s <= 50
+            assert max(server.left_s or 0 for server in servers) > 50
 
     run(work)
 
@@ -496,7 +508,7 @@ def test_when_everything_fails_the_servers_get_little_more():
         async with serving(failing, failing) as servers, balancer_of(servers, retry_saved=5) as balancer:
             for _ in range(100):
                 with pytest.raises(Unavailable, match="all of it"):
-                    await balancer.call(ASK, b"", 5)
+                    await balancer.call(ASK, b"", 60)
             counters = balancer.counters
             assert sum(server.asked for server in servers) == 100 + counters.retries
             assert 10 <= counters.retries <= 15
@@ -508,7 +520,7 @@ def test_when_everything_fails_the_servers_get_little_more():
 def test_a_fault_of_the_server_is_not_retried():
     async def work():
         async with serving(fails(Internal("oops")), None) as servers, balancer_of(servers, eject_after=9) as balancer:
-            outcomes = await asyncio.gather(*(balancer.call(ASK, b"", 5) for _ in range(8)), return_exceptions=True)
+            outcomes = await asyncio.gather(*(balancer.call(ASK, b"", 60) for _ in range(8)), return_exceptions=True)
             assert sum(isinstance(outcome, Internal) for outcome in outcomes) == 4
             assert facts(balancer, servers[0]).failures == 4
 
@@ -522,14 +534,14 @@ def test_calls_that_are_not_idempotent_are_not_repeated(idempotent):
         async with serving(failing, failing) as servers, balancer_of(servers, eject_after=99) as balancer:
             for _ in range(4):
                 with pytest.raises(Unavailable, match="perhaps"):
-                    await balancer.call(ASK, b"", 5, idempotent=idempotent)
+                    await balancer.call(ASK, b"", 60, idempotent=idempotent)
             assert sum(server.asked for server in servers) == (12 if idempotent else 4)
 
             first, second = servers
             for server in servers:
                 server.asked, server.answer = 0, hangs
             with pytest.raises(DeadlineExceeded):  # all of the deadline for one attempt
-                await balancer.call(ASK, b"", 0.1, idempotent=False)
+                await balancer.call(ASK, b"", 1, idempotent=False)
             assert first.asked + second.asked == 1
 
     run(work)
@@ -540,28 +552,26 @@ def test_overload_is_retried_once_elsewhere():
         busy = fails(Overloaded("busy"))
         async with serving(busy, busy, busy) as servers, balancer_of(servers) as balancer:
             with pytest.raises(Overloaded, match="busy"):
-                await balancer.call(ASK, b"", 5)
+                await balancer.call(ASK, b"", 60)
             assert sum(server.asked for server in servers) == 2
             servers[0].answer = servers[1].answer = None
             for _ in range(9):
-                assert await balancer.call(ASK, b"x", 5) == b"x"
+                assert await balancer.call(ASK, b"x", 60) == b"x"
             assert not any(facts.failures for facts in balancer.status_of())
         async with serving(busy) as servers, balancer_of(servers) as balancer:
             with pytest.raises(Overloaded):
-                await balancer.call(ASK, b"", 5)
+                await balancer.call(ASK, b"", 60)
             assert servers[0].asked == 1
 
     run(work)
 
 
-@pytest.mark.alone  # a tenth of a second decides
+@pytest.mark.alone  # half of each call's time has to be enough for the other
 def test_a_deadline_is_split_between_replicas(run_each):
     async def work():
         async with serving(hangs, None) as servers, balancer_of(servers, eject_after=99) as balancer:
             for _ in range(4):
-                began = time.monotonic()
-                assert await balancer.call(ASK, b"x", 1) == b"x"
-                assert time.monotonic() - began < 0.9
+                assert await balancer.call(ASK, b"x", 3) == b"x"
             assert servers[0].asked == 2
             await until(lambda: servers[0].cancelled == 2)
             assert facts(balancer, servers[0]).failures == 2
@@ -569,21 +579,22 @@ def test_a_deadline_is_split_between_replicas(run_each):
     run_each(work)
 
 
+@pytest.mark.alone  # the parts of a deadline decide
 def test_all_hang():
     async def work():
         async with serving(hangs, hangs) as servers, balancer_of(servers) as balancer:
             began = time.monotonic()
             with pytest.raises(DeadlineExceeded):
-                await balancer.call(ASK, b"", 0.4)
-            assert time.monotonic() - began >= 0.39
+                await balancer.call(ASK, b"", 2)
+            assert time.monotonic() - began >= 1.99
             assert sum(server.asked for server in servers) == 3
         async with serving(hangs, hangs) as servers, balancer_of(servers, retry_saved=0) as balancer:
-            with pytest.raises(Unavailable, match=r"/t.T/Ask: no answer within 0\.\d+ s \[127") as caught:
-                await balancer.call(ASK, b"", 0.4)
+            with pytest.raises(Unavailable, match=r"/t.T/Ask: no answer within [\d.]+ s \[127") as caught:
+                await balancer.call(ASK, b"", 3)
             assert isinstance(caught.value.__cause__ or caught.value.__context__, DeadlineExceeded)
         async with serving(hangs) as servers, balancer_of(servers) as balancer:
             with pytest.raises(DeadlineExceeded):
-                await balancer.call(ASK, b"", 0.2)
+                await balancer.call(ASK, b"", 1)
             assert servers[0].asked == 1  # there is no other to keep time for
 
     run(work)
@@ -592,26 +603,30 @@ def test_all_hang():
 def test_a_call_that_needs_most_of_its_deadline_is_not_broken_off():
     async def work():
         async def slow(message):
-            await asyncio.sleep(0.2)
+            await asyncio.sleep(1)
             return message
 
         async with serving(slow, slow) as servers, balancer_of(servers) as balancer:
-            for timeout_s in (2, 2, 0.35, 0.35):
-                assert await balancer.call(ASK, b"x", timeout_s) == b"x"
-            assert sum(server.asked for server in servers) == 4
+            for _ in servers:
+                assert await balancer.call(ASK, b"x", 60) == b"x"
+            for server in servers:
+                server.answer = None
+                assert await balancer.call(ASK, b"x", 1.9) == b"x"
+            assert [server.asked for server in servers] == [2, 2]
+            assert all(server.left_s > 0.95 for server in servers)  # not half
 
     run(work)
 
 
-def test_one_replica_that_restarts():
+def test_one_replica_that_restarts(reserve):
     async def work():
-        address = free_port()
+        address = reserve()
         async with Balancer(address) as balancer:
             async with serving(None, listen=address):
-                assert await balancer.call(ECHO, b"1", 5) == b"1"
+                assert await balancer.call(ECHO, b"1", 60) == b"1"
             with pytest.raises(Unavailable):
-                await balancer.call(ECHO, b"", 5)
-            waiting = [asyncio.create_task(balancer.call(ECHO, b"%d" % n, 10, True)) for n in range(10)]
+                await balancer.call(ECHO, b"", 60)
+            waiting = [asyncio.create_task(balancer.call(ECHO, b"%d" % n, 60, True)) for n in range(10)]
             await asyncio.sleep(0.05)
             async with serving(None, listen=address):
                 assert await asyncio.gather(*waiting) == [b"%d" % n for n in range(10)]
@@ -619,11 +634,11 @@ def test_one_replica_that_restarts():
     run(work)
 
 
-def test_a_rolling_restart_under_load():
+def test_a_rolling_restart_under_load(reserve):
     """Servers that say goodbye fail nothing, be it idempotent or not."""
 
     async def work():
-        addresses = [free_port(), free_port()]
+        addresses = [reserve(), reserve()]
         servers = []
 
         async def start(number):
@@ -638,7 +653,7 @@ def test_a_rolling_restart_under_load():
             async def caller(idempotent):
                 nonlocal answers
                 while not stop.is_set():
-                    assert await balancer.call(ASK, b"x", 5, idempotent=idempotent) == b"x"
+                    assert await balancer.call(ASK, b"x", 60, idempotent=idempotent) == b"x"
                     answers += 1
 
             async with asyncio.TaskGroup() as group:
@@ -646,7 +661,7 @@ def test_a_rolling_restart_under_load():
                     group.create_task(caller(number % 2 == 0))
                 for number in (0, 1, 0):
                     await until(lambda: min(server.asked for server in servers) > 50)
-                    await servers[number].listener.drain(5)
+                    await servers[number].listener.drain(60)
                     had = answers
                     await until(lambda had=had: answers > had + 100)
                     await start(number)
@@ -679,20 +694,20 @@ def test_replicas_come_and_go_with_a_file(tmp_path):
         async with serving(wait, wait, wait) as (first, second, third):
             write(first)
             async with Balancer(f"file://{path}?refresh=0.01", Options(policy=IN_TURN)) as balancer:
-                slow = asyncio.create_task(balancer.call(ASK, b"wait", 5))
-                assert await balancer.call(ASK, b"x", 5) == b"x"
+                slow = asyncio.create_task(balancer.call(ASK, b"wait", 60))
+                assert await balancer.call(ASK, b"x", 60) == b"x"
                 assert (first.asked, second.asked) == (2, 0)
 
                 write(first, second)
                 await until(lambda: len(balancer.targets) == 2)
                 for _ in range(10):
-                    await balancer.call(ASK, b"x", 5)
+                    await balancer.call(ASK, b"x", 60)
                 assert (first.asked, second.asked) == (7, 5)
 
                 write(third, second)
                 await until(lambda: first.address not in balancer.targets)
                 for _ in range(10):
-                    await balancer.call(ASK, b"x", 5)
+                    await balancer.call(ASK, b"x", 60)
                 assert (first.asked, second.asked, third.asked) == (7, 10, 5)
                 assert len(first.listener._connections) == 1  # it has a call yet
                 gate.set()
@@ -704,22 +719,22 @@ def test_replicas_come_and_go_with_a_file(tmp_path):
 
                 path.write_text("nonsense")
                 await asyncio.sleep(0.1)
-                assert await balancer.call(ASK, b"x", 5) == b"x"
+                assert await balancer.call(ASK, b"x", 60) == b"x"
 
     run(work)
 
 
-def test_lists_that_cannot_be_had(tmp_path):
+def test_lists_that_cannot_be_had(tmp_path, reserve):
     async def work():
         async with Balancer(f"file://{tmp_path}/none") as balancer:
             for wait_for_ready in (False, True):
                 with pytest.raises(BadConfig, match="No such file"):
-                    await balancer.call(ECHO, b"", 5, wait_for_ready)
-            (tmp_path / "none").write_text(free_port())
+                    await balancer.call(ECHO, b"", 60, wait_for_ready)
+            (tmp_path / "none").write_text(reserve())
             with pytest.raises(Unavailable, match="cannot connect"):
-                await balancer.call(ECHO, b"", 5)
+                await balancer.call(ECHO, b"", 60)
         async with Balancer("dns://no.invalid:1") as balancer:
-            calls = [asyncio.create_task(balancer.call(ECHO, b"", 5)) for _ in range(3)]
+            calls = [asyncio.create_task(balancer.call(ECHO, b"", 60)) for _ in range(3)]
             for outcome in await asyncio.gather(*calls, return_exceptions=True):
                 assert isinstance(outcome, Unavailable)
                 assert "does not resolve" in str(outcome)
@@ -738,29 +753,27 @@ def hedging(servers, **options):
 
 async def warm(balancer, calls=HEDGE_SAMPLES * 2):
     for _ in range(calls):
-        await balancer.call(ASK, b"warm", 5)
+        await balancer.call(ASK, b"warm", 60)
 
 
-@pytest.mark.alone  # learns how long calls take, and counts those that took longer
+@pytest.mark.alone  # learns how long calls take
 def test_hedges_answer_for_calls_that_stall(run_each):
     async def work():
-        count = 0  # of calls to both
+        count = waited = 0  # calls to both, and those that stalled to the end
 
         async def stalls(message):
-            nonlocal count
+            nonlocal count, waited
             count += 1
             if count % 50 == 0:
-                await asyncio.sleep(0.5)
+                await asyncio.sleep(1)
+                waited += 1
             return message
 
         async with serving(stalls, stalls) as servers, hedging(servers, hedge_share=0.2) as balancer:
-            took = []
             for n in range(500):
-                began = time.monotonic()
-                assert await balancer.call(ASK, b"%d" % n, 5) == b"%d" % n
-                took.append(time.monotonic() - began)
+                assert await balancer.call(ASK, b"%d" % n, 60) == b"%d" % n
             counters = balancer.counters
-            assert sum(seconds > 0.4 for seconds in took) <= 4  # those before enough was known
+            assert waited <= 4  # those before enough was known
             assert 6 <= counters.hedge_wins <= counters.hedges <= 0.2 * 500
             assert sum(server.asked for server in servers) <= 500 + counters.hedges
             await until(lambda: sum(server.cancelled for server in servers) >= 6)  # who has lost is told so
@@ -776,11 +789,12 @@ def test_hedges_are_capped(run_each):
 
             async def slow(message):
                 await asyncio.sleep(0.02)
+                await until(lambda: balancer.counters.hedges)
                 return message
 
             for server in servers:
                 server.answer = slow
-            await asyncio.gather(*(balancer.call(ASK, b"", 5) for _ in range(100)))
+            await asyncio.gather(*(balancer.call(ASK, b"", 60) for _ in range(100)))
             assert 1 <= balancer.counters.hedges <= 4
 
     run_each(work)
@@ -793,7 +807,9 @@ def test_both_fail(run_each, fails_first):
             nonlocal asked
             asked += 1
             mine = "first" if asked == 1 else "hedge"
-            await asyncio.sleep(0.05 if mine == fails_first else 0.15)
+            await until(lambda: asked == 2)
+            if mine != fails_first:
+                await until(lambda: in_flight(balancer) == 1)
             raise Internal(mine)
 
         asked = 0
@@ -803,7 +819,7 @@ def test_both_fail(run_each, fails_first):
             for server in servers:
                 server.answer = fail
             with pytest.raises(Internal, match="first"):
-                await balancer.call(ASK, b"", 5)
+                await balancer.call(ASK, b"", 60)
             assert asked == 2
             assert balancer.counters.hedges == had.hedges + 1
             assert balancer.counters.hedge_wins == had.hedge_wins
@@ -817,10 +833,11 @@ def test_one_fails_and_the_other_answers(run_each, failing):
         async def answer(message):
             nonlocal asked
             asked += 1
-            if asked == failing:
-                await asyncio.sleep(0.05)
+            is_failing = asked == failing
+            await until(lambda: asked == 2)
+            if is_failing:
                 raise Internal("no")
-            await asyncio.sleep(0.1)
+            await until(lambda: in_flight(balancer) == 1)
             return b"yes"
 
         asked = 0
@@ -829,7 +846,7 @@ def test_one_fails_and_the_other_answers(run_each, failing):
             had = balancer.counters.hedge_wins
             for server in servers:
                 server.answer = answer
-            assert await balancer.call(ASK, b"", 5) == b"yes"
+            assert await balancer.call(ASK, b"", 60) == b"yes"
             assert asked == 2
             assert balancer.counters.hedge_wins == had + (failing == 1)
 
@@ -843,7 +860,9 @@ def test_a_replica_that_lacks_something_and_a_hedge(run_each, lacking):
             nonlocal asked
             asked += 1
             mine = "first" if asked == 1 else "hedge"
-            await asyncio.sleep(0.05 if mine == lacking else 0.15)
+            await until(lambda: asked == 2)
+            if mine != lacking and (mine, lacking) != ("first", "both"):
+                await until(lambda: in_flight(balancer) == 1)
             if lacking in (mine, "both"):
                 raise NotServed(mine, [])
             return b"yes"
@@ -856,9 +875,9 @@ def test_a_replica_that_lacks_something_and_a_hedge(run_each, lacking):
                 server.answer = answer
             if lacking == "both":
                 with pytest.raises(NotServed, match="first"):
-                    await balancer.call(ASK, b"", 5)
+                    await balancer.call(ASK, b"", 60)
             else:
-                assert await balancer.call(ASK, b"", 5) == b"yes"
+                assert await balancer.call(ASK, b"", 60) == b"yes"
             assert asked == 2
             assert balancer.counters.retries == had
             assert sum(facts.failures for facts in balancer.status_of()) == (lacking != "both")
@@ -875,7 +894,7 @@ def test_a_cancelled_call_leaves_nothing_running(run_each, when):
             nonlocal asked
             asked += 1
             if asked == 1 and when == "the first has failed":
-                await asyncio.sleep(0.05)
+                await until(lambda: asked == 2)
                 raise Internal("no")
             await hangs(message)
 
@@ -889,8 +908,7 @@ def test_a_cancelled_call_leaves_nothing_running(run_each, when):
                 call = asyncio.create_task(balancer.call(ASK, b"", None))
                 await until(lambda: asked == (1 if when in ("no hedge", "before the hedge") else 2))
                 if when == "the first has failed":
-                    await until(lambda: sum(server.running for server in servers) == 1)
-                    await asyncio.sleep(0.02)
+                    await until(lambda: in_flight(balancer) == 1)
                 call.cancel()
                 with pytest.raises(asyncio.CancelledError):
                     await call
@@ -921,16 +939,16 @@ def test_a_hedge_that_wins_is_no_cancellation(run_each):
             for server in servers:
                 server.answer = answer
             had = balancer.counters.hedge_wins
-            async with asyncio.timeout(5), asyncio.TaskGroup() as group:
-                assert await group.create_task(balancer.call(ASK, b"", 5)) == b"hedge"
-                assert await balancer.call(ASK, b"", 5) == b"hedge"
+            async with asyncio.timeout(60), asyncio.TaskGroup() as group:
+                assert await group.create_task(balancer.call(ASK, b"", 60)) == b"hedge"
+                assert await balancer.call(ASK, b"", 60) == b"hedge"
                 assert asyncio.current_task().cancelling() == 0
             for server in servers:
                 server.answer = hangs
             began = asyncio.get_running_loop().time()
             with pytest.raises(TimeoutError):
-                await asyncio.wait_for(balancer.call(ASK, b"", 5), 0.05)
-            assert asyncio.get_running_loop().time() - began < 4
+                await asyncio.wait_for(balancer.call(ASK, b"", 60), 0.05)
+            assert asyncio.get_running_loop().time() - began < 30
             assert balancer.counters.hedge_wins == had + 2
 
     run_each(work)
@@ -940,9 +958,9 @@ def test_a_hedge_that_wins_is_no_cancellation(run_each):
 
 
 @pytest.mark.parametrize("hedge", [None, 0.95])
-def test_close_with_calls_in_flight(run_each, hedge):
+def test_close_with_calls_in_flight(run_each, hedge, reserve):
     async def work():
-        gone = free_port()
+        gone = reserve()
         async with serving(None, None) as servers:
             balancer = hedging(servers, hedge=hedge)
             absent = Balancer(gone)
@@ -960,7 +978,7 @@ def test_close_with_calls_in_flight(run_each, hedge):
             for one in (balancer, absent):
                 await one.close()
                 with pytest.raises(Unavailable, match="closed"):
-                    await one.call(ECHO, b"", 5)
+                    await one.call(ECHO, b"", 60)
             await until(lambda: not any(server.listener._connections for server in servers))
 
     run_each(work)
@@ -969,7 +987,7 @@ def test_close_with_calls_in_flight(run_each, hedge):
 def test_close_while_a_name_is_looked_up(run_each):
     async def work():
         balancer = Balancer("dns://localhost:1")
-        call = asyncio.create_task(balancer.call(ECHO, b"", 5))
+        call = asyncio.create_task(balancer.call(ECHO, b"", 60))
         await asyncio.sleep(0)
         await balancer.close()
         with pytest.raises(Unavailable):

@@ -28,7 +28,7 @@ ECHO, HELD, EACH, GATHER = "/t.T/Echo", "/t.T/Held", "/t.T/Each", "/t.T/Gather"
 HEAD = encode([(b":status", b"200"), (b"content-type", b"application/grpc")])
 TAIL = encode([(b"grpc-status", b"0")])
 LARGE = bytes(range(256)) * (4 << 12)  # 4 MiB
-SECONDS = 10.0  # for what ought to take none
+SECONDS = 60.0  # for what ought to take none
 
 
 class Interrupted(BaseException):
@@ -115,8 +115,8 @@ def interrupting(seconds):
         raise Interrupted
 
     before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
+        signal.setitimer(signal.ITIMER_REAL, seconds)
         yield
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
@@ -266,9 +266,14 @@ def test_an_interrupted_leader_hands_the_lead_on(server, threads):
             until(lambda: channel._link is not None and channel._link.leader is not None)
             return channel.call(HELD, b"follower", SECONDS)
 
-        follower = threads.submit(follow)
-        with pytest.raises(Interrupted), interrupting(0.2):
+        def interrupt():
+            until(lambda: channel._link is not None and channel._link.followers)
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGALRM)
+
+        follower, interrupter = threads.submit(follow), threads.submit(interrupt)
+        with pytest.raises(Interrupted), interrupting(SECONDS):
             channel.call(HELD, b"main", SECONDS)
+        interrupter.result(SECONDS)
         until(lambda: channel._link.leader is not None)
         server.release()
         assert follower.result(SECONDS) == b"follower"
@@ -303,11 +308,11 @@ def test_a_server_that_closes_after_accepting_is_not_hammered():
 
         thread = threading.Thread(target=serve, daemon=True)
         thread.start()
-        end = time.monotonic() + 0.5
+        end = time.monotonic() + 3
         while time.monotonic() < end:
             with pytest.raises((Unavailable, DeadlineExceeded)):
                 channel.call(ECHO, b"", end - time.monotonic() + 0.01, wait_for_ready=True)
-        assert 1 < len(accepted) < 8
+        assert 1 < len(accepted) < 12
         listener.shutdown(socket.SHUT_RDWR)
         thread.join(SECONDS)
 
@@ -326,8 +331,8 @@ def test_waiting_for_a_server_that_is_not_there_yet(tmp_path, threads):
         server.close()
 
 
-def test_a_server_may_restart(threads):
-    server = Server()
+def test_a_server_may_restart(threads, reserve):
+    server = Server(reserve())
     with BlockingChannel(server.address) as channel:
         assert channel.call(ECHO, b"x", SECONDS) == b"x"
         server.close()
@@ -343,12 +348,12 @@ def test_a_server_may_restart(threads):
 def test_each_caller_has_its_own_deadline_while_one_connects(threads):
     context = ssl.create_default_context()
     with listening() as (_, target), BlockingChannel(target, tls=context) as channel:  # it never shakes hands
-        first = threads.submit(channel.call, ECHO, b"", 0.8)
+        first = threads.submit(channel.call, ECHO, b"", 3)
         until(lambda: channel._connecting)
         begun = time.monotonic()
         with pytest.raises(DeadlineExceeded):
             channel.call(ECHO, b"", 0.1)
-        assert time.monotonic() - begun < 0.5
+        assert time.monotonic() - begun < 2
         with pytest.raises(DeadlineExceeded):
             first.result(SECONDS)
         assert channel._failures == 0  # impatience is no fault of the server's
@@ -357,8 +362,8 @@ def test_each_caller_has_its_own_deadline_while_one_connects(threads):
 # ---- a connection's end ----
 
 
-def test_calls_go_on_elsewhere_while_a_server_drains(threads):
-    old = Server()
+def test_calls_go_on_elsewhere_while_a_server_drains(threads, reserve):
+    old = Server(reserve())
     with BlockingChannel(old.address) as channel:
         held = threads.submit(channel.call, HELD, b"held", SECONDS)
         assert old.held.acquire(timeout=SECONDS)
@@ -417,16 +422,16 @@ def test_a_dead_peer_is_given_up(monkeypatch):
         begun = time.monotonic()
         with pytest.raises(Unavailable, match="does not answer"):
             channel.call(ECHO, b"", SECONDS)
-        assert time.monotonic() - begun < 2
+        assert time.monotonic() - begun < SECONDS / 2
         assert link.is_closed
 
 
 def test_a_slow_but_living_peer_is_kept(server, monkeypatch):
-    monkeypatch.setattr(blocking_channel, "PROBE_S", 0.2)
+    monkeypatch.setattr(blocking_channel, "PROBE_S", 1)
     with BlockingChannel(server.address) as channel:
         for _ in range(3):
             with pytest.raises(DeadlineExceeded):
-                channel.call(HELD, b"", 0.15)
+                channel.call(HELD, b"", 0.6)
         assert channel.call(ECHO, b"x", SECONDS) == b"x"
         assert server.listener.open == 1
 
@@ -456,7 +461,7 @@ def test_room_from_a_call_given_up_is_used_at_once(threads):
         waiting = threads.submit(channel.call, ECHO, b"x", SECONDS)
         until(lambda: channel._link.leader is not None)  # it leads: nobody else waits
         stream.cancel()
-        assert waiting.result(1) == b"x"
+        assert waiting.result(SECONDS / 2) == b"x"
     server.close()
 
 
@@ -467,7 +472,7 @@ def test_a_stream_is_cancelled_from_another_thread(server, threads):
         until(lambda: channel._link.leader is not None)
         stream.cancel()
         with pytest.raises(ServingError, match="gave up"):
-            reading.result(1)
+            reading.result(SECONDS / 2)
 
 
 def test_a_reply_that_is_nothing_but_a_status_has_no_initial_metadata(server):

@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import gc
-import socket
 import ssl
 
 import frames
@@ -32,7 +31,7 @@ def run(request):
 
         async def main():
             asyncio.get_running_loop().set_exception_handler(lambda loop, context: complaints.append(context))
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(120):
                 await work()
             left = asyncio.all_tasks() - {asyncio.current_task()}
             assert not left
@@ -44,7 +43,7 @@ def run(request):
     return run
 
 
-async def until(what, seconds=5):
+async def until(what, seconds=60):
     """Wait for something that has no event."""
     async with asyncio.timeout(seconds):
         while not what():
@@ -115,23 +114,17 @@ async def misbehaving(connected):
         await turns()
 
 
-def free_port():
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return f"127.0.0.1:{one.getsockname()[1]}"
-
-
 # ---- coming and going ----
 
 
 def test_reconnects_after_a_loss(run):
     async def work():
         async with serving() as server, Channel(server.address) as channel:
-            assert await channel.call(ECHO, b"a", 5) == b"a"
+            assert await channel.call(ECHO, b"a", 60) == b"a"
             for connection in list(server.listener._connections):
                 connection.abort()
             await until(lambda: channel._link is None)
-            assert await channel.call(ECHO, b"b", 5) == b"b"
+            assert await channel.call(ECHO, b"b", 60) == b"b"
             assert server.listener.accepted == 2
 
     run(work)
@@ -151,11 +144,11 @@ def test_calls_in_flight_learn_of_a_loss(run):
     run(work)
 
 
-def test_a_server_that_is_not_there(run):
+def test_a_server_that_is_not_there(run, reserve):
     async def work():
-        async with Channel(free_port()) as channel:
+        async with Channel(reserve()) as channel:
             with pytest.raises(Unavailable, match="cannot connect"):
-                await channel.call(ECHO, b"", 5)
+                await channel.call(ECHO, b"", 60)
             with pytest.raises(Unavailable, match="cannot connect"):  # without an attempt: it is too soon
                 await channel.call(ECHO, b"", None)
             with pytest.raises(DeadlineExceeded, match="cannot connect"):
@@ -164,20 +157,20 @@ def test_a_server_that_is_not_there(run):
     run(work)
 
 
-def test_wait_for_ready_and_a_restart(run):
+def test_wait_for_ready_and_a_restart(run, reserve):
     async def work():
-        address = free_port()
+        address = reserve()
         async with Channel(address) as channel:
-            early = [asyncio.create_task(channel.call(ECHO, b"%d" % n, 10, wait_for_ready=True)) for n in range(10)]
+            early = [asyncio.create_task(channel.call(ECHO, b"%d" % n, 60, wait_for_ready=True)) for n in range(10)]
             await turns()
             async with serving(address):
                 assert await asyncio.gather(*early) == [b"%d" % n for n in range(10)]
             await until(lambda: channel._link is None)
-            late = asyncio.create_task(channel.call(ECHO, b"x", 10, wait_for_ready=True))
+            late = asyncio.create_task(channel.call(ECHO, b"x", 60, wait_for_ready=True))
             await turns()
             async with serving(address):
                 assert await late == b"x"
-                assert await channel.call(ECHO, b"y", 5) == b"y"
+                assert await channel.call(ECHO, b"y", 60) == b"y"
 
     run(work)
 
@@ -196,10 +189,10 @@ def test_backs_off_from_a_server_that_closes_at_once(run, greets):
 
         async with misbehaving(connected) as address, Channel(address) as channel:
             with pytest.raises(DeadlineExceeded, match="cannot connect"):
-                await channel.call(ECHO, b"", 0.5, wait_for_ready=True)
-            assert 3 <= connections <= 6
+                await channel.call(ECHO, b"", 3, wait_for_ready=True)
+            assert 3 <= connections <= 9
             with pytest.raises(Unavailable):
-                await channel.call(ECHO, b"", 0.5)
+                await channel.call(ECHO, b"", 60)
 
     run(work)
 
@@ -210,15 +203,15 @@ def test_backoff_grows_and_is_bounded():
         assert middle * 0.8 <= backoff_s(failures) <= middle * 1.2
 
 
-def test_a_server_that_drains_fails_no_call(run):
+def test_a_server_that_drains_fails_no_call(run, reserve):
     async def work():
-        address = free_port()
+        address = reserve()
         stop, counts = asyncio.Event(), {"calls": 0}
         async with Channel(address) as channel:
 
             async def caller():
                 while not stop.is_set():
-                    assert await channel.call(ECHO, b"abc", 5, wait_for_ready=True) == b"abc"
+                    assert await channel.call(ECHO, b"abc", 60, wait_for_ready=True) == b"abc"
                     counts["calls"] += 1
 
             async with asyncio.TaskGroup() as group:
@@ -228,9 +221,9 @@ def test_a_server_that_drains_fails_no_call(run):
                     server = Server()
                     await server.listener.start(address)
                     had = counts["calls"]
-                    slow = group.create_task(channel.call(SLOW, b"slow", 5, wait_for_ready=True))
+                    slow = group.create_task(channel.call(SLOW, b"slow", 60, wait_for_ready=True))
                     await until(lambda s=server, n=had: s.begun and counts["calls"] > n + 100)
-                    drained = group.create_task(server.listener.drain(5))
+                    drained = group.create_task(server.listener.drain(60))
                     await turns()
                     server.gate.set()
                     assert await slow == b"slow"  # what had begun is finished
@@ -267,7 +260,7 @@ def test_goaway_moves_new_calls_to_a_new_connection(run):
                 writer.write(b"".join(map(bytes, server.take())))
 
         async with misbehaving(connected) as address, Channel(address) as channel:
-            calls = [asyncio.create_task(channel.call(ECHO, b"", 5)) for _ in range(2)]
+            calls = [asyncio.create_task(channel.call(ECHO, b"", 60)) for _ in range(2)]
             assert await asyncio.gather(*calls) == [b"first", b"second"]
             assert len(peers) == 2
 
@@ -301,10 +294,10 @@ def test_a_refused_call_is_sent_once_more(run, refusals):
 
         async with misbehaving(connected) as address, Channel(address) as channel:
             if refusals == 1:
-                assert await channel.call(ECHO, b"", 5) == b"yes"
+                assert await channel.call(ECHO, b"", 60) == b"yes"
             else:
                 with pytest.raises(Unavailable, match="REFUSED_STREAM") as caught:
-                    await channel.call(ECHO, b"", 5)
+                    await channel.call(ECHO, b"", 60)
                 assert caught.value.never_processed
             assert asked == 2
 
@@ -322,12 +315,12 @@ def test_many_calls_in_line_for_one_stream(run):
             order = []
 
             async def caller(n):
-                assert await channel.call(ECHO, b"%d" % n, 5) == b"%d" % n
+                assert await channel.call(ECHO, b"%d" % n, 60) == b"%d" % n
                 order.append(n)
 
             tasks = [asyncio.create_task(caller(n)) for n in range(100)]
             late = [asyncio.create_task(channel.call(ECHO, b"", 0.02)) for _ in range(10)]
-            bad = [asyncio.create_task(channel.call(ECHO, "text", 5)) for _ in range(3)]
+            bad = [asyncio.create_task(channel.call(ECHO, "text", 60)) for _ in range(3)]
             await turns()
             for task in tasks[::3]:
                 task.cancel()
@@ -363,7 +356,7 @@ def test_a_call_that_was_woken_and_cancelled_passes_its_place_on(run):
             link.wake = woken
             server.gate.set()
             await first
-            assert await asyncio.wait_for(third, 2) == b"3"
+            assert await asyncio.wait_for(third, 60) == b"3"
             assert second.cancelled()
             assert link.queued == 0
 
@@ -407,7 +400,7 @@ def test_a_raised_limit_wakes_who_waits(run):
             await task
 
         async with misbehaving(connected) as address, Channel(address) as channel:
-            calls = [asyncio.create_task(channel.call(ECHO, b"", 5)) for _ in range(5)]
+            calls = [asyncio.create_task(channel.call(ECHO, b"", 60)) for _ in range(5)]
             await until(lambda: channel._link and channel._link.queued == 5)
             raised.set()
             assert await asyncio.gather(*calls) == [b"yes"] * 5
@@ -426,23 +419,23 @@ def test_tls_and_mtls(run, tmp_path):
     async def work():
         async with serving(tls=Tls(str(certificate), str(key))) as server:
             async with Channel(server.address, tls=tls_context(ours.roots)) as channel:
-                assert await channel.call(ECHO, bytes(1 << 20), 5) == bytes(1 << 20)
+                assert await channel.call(ECHO, bytes(1 << 20), 60) == bytes(1 << 20)
             async with Channel(server.address, tls=tls_context(ours.roots), authority="localhost") as channel:
-                assert await channel.call(ECHO, b"a", 5) == b"a"
+                assert await channel.call(ECHO, b"a", 60) == b"a"
             for wrong in (
                 Channel(server.address, tls=tls_context(theirs.roots)),
                 Channel(server.address, tls=tls_context(ours.roots), authority="elsewhere.example"),
             ):
                 async with wrong as channel:
                     with pytest.raises(Unavailable, match="cannot connect"):
-                        await channel.call(ECHO, b"", 5)
+                        await channel.call(ECHO, b"", 60)
         async with serving(tls=Tls(str(certificate), str(key), str(ours.roots))) as server:
             async with Channel(server.address, tls=tls_context(ours.roots, *mine)) as channel:
-                assert await channel.call(ECHO, b"a", 5) == b"a"
+                assert await channel.call(ECHO, b"a", 60) == b"a"
             for context in (tls_context(ours.roots), tls_context(ours.roots, *stranger)):
                 async with Channel(server.address, tls=context) as channel:
                     with pytest.raises(Unavailable):
-                        await channel.call(ECHO, b"", 5)
+                        await channel.call(ECHO, b"", 60)
         assert tls_context().verify_mode is ssl.CERT_REQUIRED
 
     run(work)
@@ -451,10 +444,10 @@ def test_tls_and_mtls(run, tmp_path):
 def test_unix_socket(run, tmp_path):
     async def work():
         async with serving(f"unix:{tmp_path}/s") as server, Channel(server.address) as channel:
-            assert await channel.call(ECHO, b"a", 5) == b"a"
+            assert await channel.call(ECHO, b"a", 60) == b"a"
         async with Channel(f"unix:{tmp_path}/s") as channel:
             with pytest.raises(Unavailable):
-                await channel.call(ECHO, b"a", 5)
+                await channel.call(ECHO, b"a", 60)
 
     run(work)
 
@@ -480,13 +473,13 @@ def test_close_with_calls_in_flight(run):
                 assert "closed" in str(error)
             await until(lambda: server.running == 0)
             with pytest.raises(Unavailable, match="is closed"):
-                await channel.call(ECHO, b"", 5)
+                await channel.call(ECHO, b"", 60)
             await channel.close()
 
     run(work)
 
 
-def test_close_while_calls_wait_for_a_connection(run):
+def test_close_while_calls_wait_for_a_connection(run, reserve):
     async def work():
         async def connected(reader, writer):  # accepts, and says nothing
             await reader.read(-1)
@@ -495,7 +488,7 @@ def test_close_while_calls_wait_for_a_connection(run):
             silent = Channel(address)
             calls = [asyncio.create_task(silent.call(ECHO, b"", None, wait)) for wait in (False, True)]
             await until(lambda: silent._links)
-            absent = Channel(free_port())
+            absent = Channel(reserve())
             calls += [asyncio.create_task(absent.call(ECHO, b"", None, True)) for _ in range(2)]
             await until(lambda: absent._failures)
             at_once = Channel(address)
@@ -531,7 +524,7 @@ def test_close_against_a_server_that_does_not_read(run, monkeypatch):
             channel = Channel(address)
             call = asyncio.create_task(channel.call(ECHO, bytes(32 << 20), None))
             await until(lambda: channel._link and channel._link.paused)
-            async with asyncio.timeout(2):
+            async with asyncio.timeout(60):
                 await channel.close()
             with pytest.raises(Unavailable, match="closed"):
                 await call
@@ -543,17 +536,17 @@ def test_close_against_a_server_that_does_not_read(run, monkeypatch):
 
 
 def test_a_probe_notices_a_dead_server(run, monkeypatch):
-    monkeypatch.setattr(channel_module, "PROBE_S", 0.1)
-
     async def work():
+        monkeypatch.setattr(channel_module, "PROBE_S", 0.1)
         async with deaf() as address, Channel(address) as channel:
             other = asyncio.create_task(channel.call(ECHO, b"", None))
             with pytest.raises(DeadlineExceeded):
                 await channel.call(ECHO, b"", 0.05)
-            async with asyncio.timeout(2):
+            async with asyncio.timeout(60):
                 with pytest.raises(Unavailable, match="does not answer"):
                     await other
             assert channel._link is None
+        monkeypatch.setattr(channel_module, "PROBE_S", 2)
         async with serving() as server, Channel(server.address) as channel:  # one that is only slow is kept
             other = asyncio.create_task(channel.call(SLOW, b"kept", None))
             with pytest.raises(DeadlineExceeded):
@@ -568,13 +561,13 @@ def test_a_probe_notices_a_dead_server(run, monkeypatch):
 def test_keep_alive_notices_a_dead_server(run):
     async def work():
         async with deaf() as address, Channel(address, keepalive_s=0.05) as channel:
-            async with asyncio.timeout(2):
+            async with asyncio.timeout(60):
                 with pytest.raises(Unavailable, match="does not answer"):
                     await channel.call(ECHO, b"", None)
             assert channel._link is None
-        async with serving() as server, Channel(server.address, keepalive_s=0.02) as channel:
+        async with serving() as server, Channel(server.address, keepalive_s=1) as channel:
             call = asyncio.create_task(channel.call(SLOW, b"kept", None))
-            await until(lambda: channel._link and channel._link.calls.pongs >= 3)
+            await until(lambda: channel._link and channel._link.calls.pongs >= 2)
             server.gate.set()
             assert await call == b"kept"
             assert server.listener.accepted == 1
@@ -609,7 +602,7 @@ def test_misuse_leaves_nothing_behind(run):
 
     async def work():
         async with serving() as server, Channel(server.address) as channel:
-            await channel.call(ECHO, b"", 5)
+            await channel.call(ECHO, b"", 60)
             link = channel._link
             for path, message, kind, more in [
                 (ECHO, "text", TypeError, {}),
@@ -623,12 +616,12 @@ def test_misuse_leaves_nothing_behind(run):
                 ("/t.T/\u20ac", b"", ValueError, {}),
             ]:
                 with pytest.raises(kind):
-                    await channel.call(path, message, 5, **more)
+                    await channel.call(path, message, 60, **more)
                 with pytest.raises(kind):
-                    await channel.stream(path, message, 5, **more)
+                    await channel.stream(path, message, 60, **more)
                 assert (link.calls.calls, len(link.calls.http2.streams), len(link.streams)) == (0, 0, 0)
             with pytest.raises(TypeError):
-                await channel.call(ECHO, None, 5)
+                await channel.call(ECHO, None, 60)
             link.pause_writing()
             link.resume_writing()
             assert await channel.call(ECHO, b"still", float("inf")) == b"still"

@@ -51,7 +51,7 @@ RAISED = [
     Internal("ours"),
 ]
 EVERY_BYTE = bytes(range(256))
-SOON_S = 10  # what is to happen at once has happened by then, on the slowest machine
+SOON_S = 60  # what is to happen at once has happened by then, on the slowest machine
 
 each_kind = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
 
@@ -602,7 +602,7 @@ def test_a_handler_sees_path_peer_and_deadline(wire):
         return b""
 
     async def work(w):
-        await w.ask(M, b"", timeout_s=30)
+        await w.ask(M, b"", timeout_s=60)
         await w.ask(M, b"", timeout_s=None)
 
     wire({M: see}, work)
@@ -611,7 +611,7 @@ def test_a_handler_sees_path_peer_and_deadline(wire):
     assert "user-agent" in with_deadline.metadata
     host, _, port = with_deadline.peer.rpartition(":")
     assert (host, port.isdigit()) == ("127.0.0.1", True)
-    assert 20 < left <= 31  # grpcio rounds what it sends up
+    assert 30 < left <= 62  # grpcio rounds what it sends up
     assert with_deadline.remaining_s(5) == 5
     assert (without.deadline, none) == (None, None)
     assert not without.cancelled
@@ -648,9 +648,9 @@ def test_a_call_that_takes_too_long_ends_at_its_deadline_at_both_ends(wire, kind
     async def work(w):
         begin = time.monotonic()
         with pytest.raises(DeadlineExceeded) as raised:
-            await w.ask(M, b"", kind=kind, timeout_s=0.3)
+            await w.ask(M, b"", kind=kind, timeout_s=1)
         assert raised.value.status.code == "DEADLINE_EXCEEDED"
-        assert 0.25 < time.monotonic() - begin < SOON_S
+        assert 0.95 < time.monotonic() - begin < SOON_S
         await watched.has(watched.ended)
 
     wire(of_kind(kind, watched.act), work)
@@ -659,7 +659,7 @@ def test_a_call_that_takes_too_long_ends_at_its_deadline_at_both_ends(wire, kind
 
 def test_calls_of_one_connection_end_each_at_its_own_deadline(wire):
     """Whatever the order they come in: sooner and later than those before, with none, and answered meanwhile."""
-    begun, seconds = {}, [0.5, 0.2, None, 0.8, 0.2, 0.35]
+    begun, seconds = {}, [1.5, 0.6, None, 2.4, 0.6, 1.05]
 
     async def work(w):
         async def one(at):
@@ -1032,7 +1032,7 @@ def test_draining_finishes_what_is_in_flight_and_refuses_what_comes_after(wire, 
     async def work(w):
         inflight = w.later(w.ask(M, b"", kind=kind))
         await asyncio.wait_for(started.wait(), SOON_S)
-        draining = w.later(w.door.drain(30))
+        draining = w.later(w.door.drain(SOON_S))
         with pytest.raises(ServingError) as refused:
             await until_refused(w, kind)
         assert refused.value.status.code in REFUSALS[w.names[0]]
@@ -1070,10 +1070,10 @@ def test_a_door_drains_at_once_when_nothing_is_in_flight_and_more_than_once(wire
     async def work(w):
         await w.ask(M, b"")
         begin = time.monotonic()
-        patience = 1 if w.names in DRAINS_LATE else 30
+        patience = 1 if w.names in DRAINS_LATE else 2 * SOON_S
         await w.door.drain(patience)
         await w.door.drain(patience)
-        assert time.monotonic() - begin < 5
+        assert time.monotonic() - begin < SOON_S
 
     wire(of_kind(Kind.UNARY, reversed_), work)
 

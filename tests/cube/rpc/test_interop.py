@@ -6,6 +6,7 @@ the wire. And where a case cancels or times out, it waits until the server's han
 """
 
 import asyncio
+import fcntl
 import json
 import os
 import shutil
@@ -267,7 +268,7 @@ def test_calls_of_one_connection_do_not_notice_each_other(address, client):
         wire = Calls(CLIENTS[client](address))
         try:
             calls = [*(case(wire) for case in CASES * 3), *(given_up(wire, turns) for turns in range(60))]
-            await asyncio.wait_for(asyncio.gather(*calls), 30)
+            await asyncio.wait_for(asyncio.gather(*calls), 200)
         finally:
             await wire.client.close()
 
@@ -296,7 +297,7 @@ async def called_from_javascript(node_modules: Path, address: str, *root: Path) 
         here = {**os.environ, "NODE_PATH": str(node_modules)}
         node = await asyncio.create_subprocess_exec("node", *line, env=here, stdout=subprocess.PIPE)
         try:
-            out, _ = await asyncio.wait_for(node.communicate(), 60)
+            out, _ = await asyncio.wait_for(node.communicate(), 300)
         except TimeoutError:
             node.kill()
             await node.wait()
@@ -327,16 +328,18 @@ def node_modules() -> Path:
     if not shutil.which("node") or not shutil.which("npm"):
         pytest.skip("node and npm are not on PATH (Debian: apt-get install nodejs npm)")
     home = ROOT / ".cache" / "grpc-js"
-    lock, wanted = home / "package-lock.json", PEERS / "package-lock.json"
-    if not lock.exists() or lock.read_bytes() != wanted.read_bytes():
-        home.mkdir(parents=True, exist_ok=True)
-        shutil.copy(PEERS / "package.json", home)
-        shutil.copy(wanted, lock)
-        line = ["npm", "ci", "--ignore-scripts", "--no-audit", "--no-fund", "--fetch-retry-mintimeout=1000"]
-        done = subprocess.run(line, cwd=home, capture_output=True, text=True, timeout=100)
-        if done.returncode:
-            lock.unlink()  # so that the next run tries again
-            pytest.skip(f"npm cannot install @grpc/grpc-js here: {done.stderr.strip()[-300:]}")
+    home.mkdir(parents=True, exist_ok=True)
+    wanted, installed = PEERS / "package-lock.json", home / "installed.json"
+    with (home / "turn").open("w") as turn:
+        fcntl.flock(turn, fcntl.LOCK_EX)  # other test processes want them, too
+        if not installed.exists() or installed.read_bytes() != wanted.read_bytes():
+            shutil.copy(PEERS / "package.json", home)
+            shutil.copy(wanted, home)
+            line = ["npm", "ci", "--ignore-scripts", "--no-audit", "--no-fund", "--fetch-retry-mintimeout=1000"]
+            done = subprocess.run(line, cwd=home, capture_output=True, text=True, timeout=600)
+            if done.returncode:
+                pytest.skip(f"npm cannot install @grpc/grpc-js here: {done.stderr.strip()[-300:]}")
+            shutil.copy(wanted, installed)  # last: what is there is whole
     return home / "node_modules"
 
 
@@ -366,4 +369,4 @@ async def rest_of(call) -> tuple[list[bytes], str]:
 
 async def handler_is_told(wire: Calls, call_id: str) -> None:
     """Wait until the handler of a call knows that nobody waits for it."""
-    await ask(wire.client, f"/{OBSERVER}/Cancelled", CallId(id=call_id).SerializeToString(), timeout_s=5)
+    await ask(wire.client, f"/{OBSERVER}/Cancelled", CallId(id=call_id).SerializeToString(), timeout_s=60)

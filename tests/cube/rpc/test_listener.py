@@ -11,12 +11,12 @@ import socket
 import ssl
 import stat
 import struct
-import subprocess
 import weakref
 
 import pytest
 import uvloop
 from certificates import Authority
+from cryptography.hazmat.primitives import serialization
 from lines import LineListener
 
 from cube.errors import BadConfig
@@ -32,7 +32,7 @@ def serve(request):
     """serve(listener factory, work): run work(listener, address) while it listens; nothing may be said to the loop's
     exception handler, and nothing may be left."""
 
-    def serve(make, work, listen="127.0.0.1:0", seconds=20):
+    def serve(make, work, listen="127.0.0.1:0", seconds=120):
         complaints = []
 
         async def main():
@@ -54,7 +54,7 @@ def serve(request):
     return serve
 
 
-async def until(what, seconds=10):
+async def until(what, seconds=60):
     """Wait for something that has no event."""
     async with asyncio.timeout(seconds):
         while not what():
@@ -95,7 +95,7 @@ async def refused(asking):
 async def ended(reader):
     """The rest of what a peer sends, None if it resets the connection."""
     try:
-        return await asyncio.wait_for(reader.read(), 10)
+        return await asyncio.wait_for(reader.read(), 60)
     except ConnectionResetError:
         return None
 
@@ -103,8 +103,18 @@ async def ended(reader):
 # ---- addresses ----
 
 
+def has_ipv6():
+    with contextlib.suppress(OSError), socket.socket(socket.AF_INET6) as one:
+        one.bind(("::1", 0))
+        return True
+    return False
+
+
 @pytest.mark.parametrize("listen", ["127.0.0.1:0", "[::1]:0", "localhost:0", "[::]:0", "0.0.0.0:0"])
 def test_every_kind_of_address_is_listened_on_and_named(serve, listen):
+    if listen.startswith("[") and not has_ipv6():
+        pytest.skip("this machine has no IPv6 address of its own")  # as containers often have not
+
     async def work(listener, address):
         assert address.startswith(listen[:-1])
         assert port(address) > 0
@@ -159,7 +169,7 @@ def test_a_port_is_shared_by_those_who_all_say_so(serve):
         assert await other.start(shared, reuse_port=True) == shared
         with pytest.raises(BadConfig):
             await third.start(shared)
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             while not (listener.accepted and other.accepted):
                 assert await ask(shared, b"echo a") == b"a\n"
         await other.drain(0)
@@ -315,7 +325,7 @@ def test_a_fault_that_one_connection_provokes_is_not_its_neighbours(serve, caplo
         for _, writer in held:
             writer.close()
 
-    serve(lambda: LineListener(Limits(handshake_s=0.2)), work)
+    serve(lambda: LineListener(Limits(handshake_s=2)), work)
     assert caplog.text.count("a connection failed") == 2
     assert caplog.text.count("ZeroDivisionError: of a conversation") == 2
 
@@ -402,11 +412,11 @@ def test_a_slow_reader_gets_everything_and_is_not_taken_for_a_stalled_one(serve)
         received = 0
         while piece := await reader.read(256 << 10):
             received += len(piece)
-            await asyncio.sleep(0.02)  # longer in all than a stalled reader has
+            await asyncio.sleep(0.08)  # longer in all than a stalled reader has
         writer.close()
         return received
 
-    assert serve(lambda: LineListener(Limits(stall_s=0.4)), work) == size + len("head\ntail\nnow\n")
+    assert serve(lambda: LineListener(Limits(stall_s=2)), work) == size + len("head\ntail\nnow\n")
 
 
 def test_a_conversation_that_is_full_is_not_read_from_until_it_wakes_us(serve):
@@ -427,7 +437,7 @@ def test_a_conversation_that_is_full_is_not_read_from_until_it_wakes_us(serve):
         await until(lambda: conversation.received == 14 + len(more))
         writer.close()
 
-    serve(lambda: LineListener(Limits(handshake_s=0.2)), work)
+    serve(lambda: LineListener(Limits(handshake_s=2)), work)
 
 
 def test_over_budget_a_connection_with_calls_in_flight_is_read_slowly_and_others_as_always(serve):
@@ -450,7 +460,7 @@ def test_over_budget_a_connection_with_calls_in_flight_is_read_slowly_and_others
         await until(lambda: conversation.received == 14 + size)
         busy.close()
 
-    serve(lambda: LineListener(Limits(total_bytes=100, handshake_s=0.2)), work)
+    serve(lambda: LineListener(Limits(total_bytes=100, handshake_s=2)), work)
 
 
 # ---- ends ----
@@ -480,7 +490,7 @@ def test_a_peer_that_does_not_close_after_the_end_is_closed(serve):
         await until(lambda: listener.open == 0)
         writer.close()
 
-    serve(lambda: LineListener(Limits(handshake_s=0.4)), work)
+    serve(lambda: LineListener(Limits(handshake_s=1)), work)
 
 
 def test_a_peer_that_closes_its_side_is_gone_but_gets_what_was_written(serve):
@@ -532,7 +542,7 @@ def test_draining_refuses_the_new_closes_the_idle_and_waits_for_what_is_in_fligh
         busy[1].write(b"wait b\n")
         assert await idle[0].readline() == b"a\n"
         await until(lambda: len(listener.conversations) == 2)
-        draining = asyncio.ensure_future(listener.drain(15))
+        draining = asyncio.ensure_future(listener.drain(100))
         assert await ended(idle[0]) == await ended(silent[0]) == b""
         with pytest.raises(ConnectionError):
             await connect(address)
@@ -565,10 +575,10 @@ def test_a_second_drain_with_less_patience_ends_the_first(serve):
         _, writer = await connect(address)
         writer.write(b"wait a\n")
         await until(lambda: listener.conversations)
-        patient = asyncio.ensure_future(listener.drain(15))
+        patient = asyncio.ensure_future(listener.drain(100))
         await until(lambda: listener.conversations[0].draining)
         await listener.drain(0)
-        await asyncio.wait_for(patient, 1)
+        await asyncio.wait_for(patient, 50)
         writer.close()
 
     serve(LineListener, work)
@@ -655,7 +665,7 @@ def test_tls_ends_with_a_word_and_not_with_a_cut(serve, tls, authority):
     async def work(listener, address):
         def talk(said):
             with (
-                socket.create_connection(("127.0.0.1", port(address)), 10) as raw,
+                socket.create_connection(("127.0.0.1", port(address)), 60) as raw,
                 authority.client().wrap_socket(raw, server_hostname="localhost", suppress_ragged_eofs=False) as end,
             ):
                 end.sendall(said)
@@ -667,7 +677,7 @@ def test_tls_ends_with_a_word_and_not_with_a_cut(serve, tls, authority):
         ends = asyncio.to_thread(talk, b"bye now\n"), asyncio.to_thread(talk, b"wait a\n")
         tasks = [asyncio.ensure_future(end) for end in ends]
         await until(lambda: len(listener.conversations) == 2)
-        draining = asyncio.ensure_future(listener.drain(10))
+        draining = asyncio.ensure_future(listener.drain(60))
         await until(
             lambda: all(conversation.draining for conversation in listener.conversations if not conversation.gone)
         )
@@ -784,12 +794,12 @@ def test_an_open_session_that_turns_to_garbage_is_closed(serve, tls, authority):
     async def work(listener, address):
         def talk():
             with (
-                socket.create_connection(("127.0.0.1", port(address)), 10) as raw,
+                socket.create_connection(("127.0.0.1", port(address)), 60) as raw,
                 authority.client().wrap_socket(raw, server_hostname="localhost") as end,
                 socket.socket(fileno=os.dup(end.fileno())) as beneath,
             ):
                 end.sendall(b"wait a\n")
-                beneath.settimeout(10)
+                beneath.settimeout(60)
                 beneath.sendall(b"not a record at all")
                 while beneath.recv(1000):
                     pass
@@ -841,14 +851,14 @@ def test_a_new_certificate_is_used_without_a_restart_and_open_connections_stay(s
         reader, writer = await connect(address, authority.client())
         before = await serial(address, authority)
         authority.issue("renewed")
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             while await serial(address, authority) == before:
                 await asyncio.sleep(0.01)
         writer.write(b"echo still here\n")
         assert await reader.readline() == b"still here\n"
         writer.close()
 
-    serve(lambda: LineListener(Limits(handshake_s=0.2), Tls(*pair)), work)
+    serve(lambda: LineListener(Limits(handshake_s=4), Tls(*pair)), work)
 
 
 class Client:
@@ -939,7 +949,12 @@ def test_files_that_are_no_certificate_are_refused(authority, tmp_path):
 def test_a_key_with_a_password_is_refused_without_asking_for_it(authority, tmp_path):
     certificate, key = authority.issue("locked")
     locked = tmp_path / "locked.key"
-    command = ["openssl", "pkcs8", "-topk8", "-in", key, "-out", locked, "-passout", "pass:secret"]
-    subprocess.run(command, check=True, timeout=20)
+    locked.write_bytes(
+        serialization.load_pem_private_key(key.read_bytes(), None).private_bytes(
+            serialization.Encoding.PEM,
+            serialization.PrivateFormat.PKCS8,
+            serialization.BestAvailableEncryption(b"secret"),
+        )
+    )
     with pytest.raises(BadConfig):
         Tls(certificate, locked)

@@ -33,10 +33,10 @@ def echo(address, message=b"abc", credentials=None):
         grpc.secure_channel(address, credentials, options) if credentials else grpc.insecure_channel(address, options)
     )
     with opened as channel:
-        return channel.unary_unary("/t.T/Echo")(message, timeout=20, wait_for_ready=True)
+        return channel.unary_unary("/t.T/Echo")(message, timeout=60, wait_for_ready=True)
 
 
-def connect(address, seconds=20):
+def connect(address, seconds=60):
     host, _, port = address.rpartition(":")
     return socket.create_connection((host, int(port)), seconds)
 
@@ -67,7 +67,7 @@ def read_until(end, what):
     return received
 
 
-def wait_until(what, seconds=20):
+def wait_until(what, seconds=60):
     end = time.monotonic() + seconds
     while not what():
         assert time.monotonic() < end
@@ -137,9 +137,9 @@ def test_only_clients_with_a_certificate_of_ours_get_in(authority, tmp_path):
 
 def test_a_renewed_certificate_is_shown_without_a_restart(secure, authority):
     where = "localhost", int(secure.address.rpartition(":")[2])
-    before = ssl.get_server_certificate(where, timeout=20)
+    before = ssl.get_server_certificate(where, timeout=60)
     authority.issue("server")
-    wait_until(lambda: ssl.get_server_certificate(where, timeout=20) != before)
+    wait_until(lambda: ssl.get_server_certificate(where, timeout=60) != before)
     assert curl("--cacert", authority.roots, f"https://{where[0]}:{where[1]}/pid") is not None
 
 
@@ -198,7 +198,7 @@ def test_who_closes_its_side_after_a_request_gets_the_answer(plain):
 @pytest.fixture(scope="module")
 def hasty():
     """A server that waits for nobody long."""
-    with small_server("--limit", "handshake_s=1", "--limit", "stall_s=1") as server:
+    with small_server("--limit", "handshake_s=3", "--limit", "stall_s=3") as server:
         yield server
 
 
@@ -211,12 +211,12 @@ SLOW = {
 
 @pytest.mark.parametrize("said", SLOW.values(), ids=SLOW)
 def test_a_beginning_that_drips_is_not_waited_for(hasty, said):
+    begin = time.monotonic()
     with connect(hasty.address) as end:
-        begin = time.monotonic()
         with pytest.raises((TimeoutError, ConnectionError)) as raised:
             drip(end, said)
         assert isinstance(raised.value, ConnectionError)
-        assert 0.9 < time.monotonic() - begin < 10
+        assert 2.9 < time.monotonic() - begin < 60
     assert echo(hasty.address) == b"abc"
 
 
@@ -224,7 +224,7 @@ def drip(end, said):
     """Send byte by byte, until the peer has closed."""
     for byte in said:
         end.sendall(bytes([byte]))
-        end.settimeout(0.1)
+        end.settimeout(0.3)  # 33 bytes take much longer than they may
         with contextlib.suppress(TimeoutError):
             while end.recv(65536):
                 pass
@@ -255,7 +255,7 @@ def flood(end, said, measure):
     begin = time.monotonic()
     end.settimeout(0.05)
     try:
-        while time.monotonic() - begin < 20:
+        while time.monotonic() - begin < 60:
             peak = max(peak, measure())
             with contextlib.suppress(TimeoutError):
                 sent += end.send(said[sent : sent + (1 << 20)])
@@ -283,7 +283,6 @@ IDLE = {
 }
 
 
-@pytest.mark.timeout(300)
 @pytest.mark.parametrize(("said", "answer", "most"), IDLE.values(), ids=IDLE)
 @pytest.mark.alone  # measures memory and delays, with most of the ports that a machine has for clients
 def test_ten_thousand_idle_connections_cost_little_and_delay_nobody(many_descriptors, said, answer, most):
@@ -306,9 +305,9 @@ def test_ten_thousand_idle_connections_cost_little_and_delay_nobody(many_descrip
             begin = time.monotonic()
             assert echo(server.address) == b"abc"
             slowest = max(slowest, time.monotonic() - begin)
-        assert slowest < 2
+        assert slowest < 5
         opened.close()
-        wait_until(lambda: server.connections == 0, 60)
+        wait_until(lambda: server.connections == 0)
         assert echo(server.address) == b"abc"
         server.process.terminate()
         assert server.end()[0] == 0

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import gc
 import logging
 import os
 import socket
@@ -19,7 +20,7 @@ QUICK = "?refresh=0.02"
 
 def run(work):
     async def main():
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(120):
             await work()
 
     asyncio.run(main())
@@ -175,6 +176,7 @@ def test_a_file_says_what_was_written(weights, data):
 def test_files_that_cannot_be_read(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "large").write_bytes(b"#" * (MOST_FILE_BYTES + 1))
+    gc.collect()  # what other tests have left open
     before = len(os.listdir("/proc/self/fd"))
     for name, message in [
         ("none", "No such file"),
@@ -184,7 +186,7 @@ def test_files_that_cannot_be_read(tmp_path):
     ]:
         with pytest.raises(BadConfig, match=message):
             first(f"file://{tmp_path / name}")
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert len(os.listdir("/proc/self/fd")) <= before
 
 
 def test_a_relative_path(tmp_path, monkeypatch):
@@ -217,11 +219,11 @@ def test_changes_of_a_file(tmp_path, caplog):
             path.write_text("e:4")  # the same size, and as good as the same time
             assert await heard.get() == (Place("e:4"),)
 
-            path.write_text("# the same\ne:4\n")
+            replace("# the same\ne:4\n")
             await asyncio.sleep(0.1)
             assert heard.empty()
 
-            caplog.clear()  # an edit in place may have been seen half done
+            caplog.clear()  # the edits in place may have been seen half done
             for count, problem in enumerate(("e:4\nnonsense\n", "", "e:4\nnonsense\n"), 1):
                 replace(problem)
                 await until(lambda count=count: len(caplog.records) == count)

@@ -28,7 +28,7 @@ def calling(address):
     """call(method, message) → reply, on a connection of its own."""
     with grpc.insecure_channel(address, options=[("grpc.use_local_subchannel_pool", 1)]) as channel:
         yield lambda method, message=b"": channel.unary_unary(f"/t.T/{method}")(
-            message, timeout=40, wait_for_ready=True
+            message, timeout=100, wait_for_ready=True
         )
 
 
@@ -49,7 +49,7 @@ def gone(pid):
         return True
 
 
-def wait_until(what, seconds=20):
+def wait_until(what, seconds=60):
     end = time.monotonic() + seconds
     while not what():
         assert time.monotonic() < end
@@ -59,7 +59,7 @@ def wait_until(what, seconds=20):
 def pids(address, count):
     """Of the processes that answer at an address."""
     found = set()
-    end = time.monotonic() + 20
+    end = time.monotonic() + 60
     while len(found) < count and time.monotonic() < end:
         with calling(address) as call:
             found.add(int(call("Pid")))
@@ -87,7 +87,7 @@ def test_one_line_says_where_it_serves_and_a_signal_ends_it(door, number):
 def test_what_is_in_flight_is_answered_after_a_signal(door):
     with small_server("--door", door) as server, sleeping(server, 0.5) as reply:
         server.process.send_signal(TERM)
-        assert reply.result(20) == b"slept"
+        assert reply.result(60) == b"slept"
         assert server.end()[0] == 0
 
 
@@ -98,11 +98,11 @@ def test_a_second_signal_ends_it_at_once(door):
         server.wait_for(": draining")
         begin = time.monotonic()
         server.process.send_signal(INT)
-        assert isinstance(reply.exception(20), grpc.RpcError)
+        assert isinstance(reply.exception(60), grpc.RpcError)
         code, out, err = server.end()
         assert (code, out) == (0, "")
         assert "main ends" in err
-        assert time.monotonic() - begin < 5  # SIGTERM's own patience is ten
+        assert time.monotonic() - begin < 9  # SIGTERM's own patience is ten
 
 
 def test_after_ctrl_c_nobody_waits_long():
@@ -110,8 +110,8 @@ def test_after_ctrl_c_nobody_waits_long():
         begin = time.monotonic()
         server.process.send_signal(INT)
         assert server.end()[0] == 0
-        assert time.monotonic() - begin < 5
-        assert isinstance(reply.exception(20), grpc.RpcError)
+        assert time.monotonic() - begin < 9
+        assert isinstance(reply.exception(60), grpc.RpcError)
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -129,7 +129,7 @@ def test_a_signal_before_it_serves_ends_it_too(workers):
         wait_until(lambda: catches_signals(pid) and len(children(pid)) == (workers if workers > 1 else 0))
         wait_until(lambda: all(map(catches_signals, children(pid))))
         os.kill(pid, TERM)
-        address, code, out, _ = running.result(40)
+        address, code, out, _ = running.result(100)
     assert (address, code, out) == ("", 0, "")
 
 
@@ -219,7 +219,7 @@ def test_what_is_in_flight_in_a_worker_is_answered_after_a_signal_to_everyone():
     # As a terminal and service managers do it: each worker gets one signal from them and one from its parent.
     with small_server("--workers", 2, new_group=True) as server, sleeping(server, 1) as reply:
         os.killpg(server.pid, TERM)
-        assert reply.result(20) == b"slept"
+        assert reply.result(60) == b"slept"
         assert server.end()[0] == 0
 
 
@@ -229,20 +229,22 @@ def test_a_second_signal_ends_workers_at_once(pair):
         pair.wait_for(": draining")
         begin = time.monotonic()
         pair.process.send_signal(TERM)
-        assert isinstance(reply.exception(20), grpc.RpcError)
+        assert isinstance(reply.exception(60), grpc.RpcError)
         assert pair.end()[0] == 0
-        assert time.monotonic() - begin < 5
+        assert time.monotonic() - begin < 9
 
 
-def test_when_a_worker_dies_the_others_stop_and_it_shows(pair):
-    first, second = pids(pair.address, 2)
-    os.kill(first, KILL)
-    code, _, err = pair.end()
+def test_when_a_worker_dies_the_others_stop_and_it_shows(reserve):
+    address = reserve()
+    with small_server("--workers", 2, "--listen", address) as server:
+        first, second = pids(address, 2)
+        os.kill(first, KILL)
+        code, _, err = server.end()
     assert code == 1
     assert f"(process {first}) was ended by SIGKILL; stopping" in err
     assert gone(second)
     with pytest.raises(ConnectionRefusedError):
-        socket.create_connection(pair.address.rsplit(":", 1), 5)
+        socket.create_connection(address.rsplit(":", 1), 60)
 
 
 def test_a_worker_that_is_stopped_alone_takes_the_others_with_it(pair):
@@ -258,7 +260,7 @@ def test_workers_do_not_outlive_their_parent(pair):
     workers = pids(pair.address, 2)
     with sleeping(pair, 0.5) as reply:
         pair.process.kill()
-        assert reply.result(20) == b"slept"
+        assert reply.result(60) == b"slept"
     wait_until(lambda: all(map(gone, workers)))
 
 
@@ -299,9 +301,9 @@ def test_a_worker_hears_lines_of_any_length_that_a_request_may_have():
             long = {"text": "\x01" * 100_000}
             for message in ({"news": long}, {"ping": True}, {"prepare": long}, {"stop": "SIGINT", "times": 1}):
                 writer.write(json.dumps(message).encode() + b"\n")
-            assert await asyncio.wait_for(stop.first, 20) == INT
+            assert await asyncio.wait_for(stop.first, 60) == INT
             for said in ({"here": True}, {"here": True}, {"done": None}):
-                assert json.loads(await asyncio.wait_for(reader.readline(), 20)) == said
+                assert json.loads(await asyncio.wait_for(reader.readline(), 60)) == said
             assert heard == [long, long]
 
     asyncio.run(converse())
@@ -312,11 +314,11 @@ def test_a_worker_that_can_hear_no_more_stops_and_fails_who_waits(end):
     async def converse():
         async with worker_end() as (parent, stop, reader, writer, _):
             told = asyncio.ensure_future(parent.tell({"do": "it"}))
-            await asyncio.wait_for(reader.readline(), 20)
+            await asyncio.wait_for(reader.readline(), 60)
             writer.write(end)
             writer.write_eof()
-            assert await asyncio.wait_for(stop.first, 20) == TERM
+            assert await asyncio.wait_for(stop.first, 60) == TERM
             with pytest.raises(ServingError, match="the server is stopping"):
-                await asyncio.wait_for(told, 20)
+                await asyncio.wait_for(told, 60)
 
     asyncio.run(converse())

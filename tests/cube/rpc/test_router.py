@@ -43,7 +43,7 @@ def router(*routes):
 def ask(made, method, path, **facts):
     async def run():
         answer = made.answer(Request(method, path, **facts))
-        return answer if isinstance(answer, Response) else await asyncio.wait_for(answer, 10)
+        return answer if isinstance(answer, Response) else await asyncio.wait_for(answer, 60)
 
     return asyncio.run(run())
 
@@ -283,7 +283,7 @@ def test_a_caller_who_gives_up_cancels_the_handler():
             for _ in range(steps):
                 await asyncio.sleep(0)
             task.cancel()
-            await asyncio.wait([task], timeout=10)
+            await asyncio.wait([task], timeout=60)
             assert task.cancelled()
 
     asyncio.run(run())
@@ -354,7 +354,7 @@ def test_a_body_that_comes_in_pieces_is_compressed_piece_by_piece_and_closed():
         await anext(response.body)
         await response.body.aclose()
 
-    asyncio.run(asyncio.wait_for(run(), 10))
+    asyncio.run(asyncio.wait_for(run(), 60))
     assert closed == [True, True]
 
 

@@ -49,7 +49,7 @@ class Pair:
         return call
 
     async def until(self, is_so):
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             while not is_so():
                 await asyncio.sleep(0)
                 self.pump()

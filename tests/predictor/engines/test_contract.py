@@ -18,8 +18,6 @@ from cube.errors import BadRequest, Overloaded
 from predictor.engines.callable_engine import CallableEngine
 from predictor.engines.open import open_engine
 
-pytestmark = pytest.mark.timeout(300)  # a busy machine compiles for minutes
-
 
 class Case(NamedTuple):
     """An engine: how it is opened on either net, and what the framework itself answers."""

@@ -13,8 +13,8 @@ client.load([], 'interop.proto');
 
 export const options = {
   scenarios: {
-    unary: {executor: 'shared-iterations', exec: 'unary', vus: 4, iterations: 40, maxDuration: '20s'},
-    streaming: {executor: 'shared-iterations', exec: 'streaming', vus: 2, iterations: 10, maxDuration: '20s'},
+    unary: {executor: 'shared-iterations', exec: 'unary', vus: 4, iterations: 40, maxDuration: '150s'},
+    streaming: {executor: 'shared-iterations', exec: 'streaming', vus: 2, iterations: 10, maxDuration: '150s'},
   },
   thresholds: {
     checks: ['rate == 1'], // every check that was made held
@@ -28,7 +28,7 @@ const size = (base64) => (base64 || '').replace(/=+$/, '').length * 0.75 | 0;
 export function unary() {
   client.connect(__ENV.ADDRESS, {plaintext: true});
   const metadata = {'x-grpc-test-echo-initial': `${__VU}-${__ITER}`};
-  const good = client.invoke(`${SERVICE}/UnaryCall`, {response_size: 1700}, {metadata, timeout: '10s'});
+  const good = client.invoke(`${SERVICE}/UnaryCall`, {response_size: 1700}, {metadata, timeout: '100s'});
   answers.add(1);
   check(good, {
     'status is OK': (reply) => reply.status === StatusOK,
@@ -45,7 +45,7 @@ export function unary() {
 
 export function streaming() {
   client.connect(__ENV.ADDRESS, {plaintext: true});
-  const stream = new Stream(client, `${SERVICE}/FullDuplexCall`, {timeout: '10s'});
+  const stream = new Stream(client, `${SERVICE}/FullDuplexCall`, {timeout: '100s'});
   const received = [];
   stream.on('data', (reply) => received.push(size(reply.payload.body)));
   stream.on('error', (error) => check(error, {'stream has no error': () => false}));
