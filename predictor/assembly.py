@@ -80,9 +80,9 @@ class Assembly:
     async def warm_up(self, service: Service) -> None:
         """Run what was recorded for the models of a service, and requests of zeros. Raises what they do, BadData."""
         used = [self._models[name] for name in sorted(self._used[service.name])]
-        await warm_up(
-            service, used, self._threads, parts=service.services if isinstance(service, MappedService) else ()
-        )
+        parts = service.services if isinstance(service, MappedService) else ()
+        others = {model for other, models in self._used.items() if other != service.name for model in models}
+        await warm_up(service, used, self._threads, parts=parts, elsewhere=others)
 
     def _service(self, said: InferService, stack: AsyncExitStack) -> Service:
         place = f"{self._said.service_file} service {said.name!r}"

@@ -20,6 +20,7 @@ T = TypeVar("T")  # what a request makes of its parts of runs
 Start = Callable[[Mapping[str, Any], int, int, float | None], R | Awaitable[R]]  # values, rows, work, deadline
 
 _ALONE_AFTER = 16  # batches of one request in a row, until requests are run as they come again
+_TURN_S = 0.004  # after which batches that run on the event loop leave a turn to others
 _SWEEP_S = 0.05  # a full queue is not looked through more often for those who have gone
 MOST_PRIORITY = 1_000
 _YIELDS = 1_000  # to so many that came later a request yields, for each level that they are above it; then it leaves
@@ -252,7 +253,7 @@ class Batcher(Generic[R]):
         self._dispatching = loop.call_later(delay_s, self._dispatch) if delay_s else loop.call_soon(self._dispatch)
 
     def _dispatch(self) -> None:
-        self._dispatching = None
+        self._dispatching, until = None, time.monotonic() + _TURN_S
         while self.counters.in_flight < self.limits.max_in_flight and (first := self._first()):
             if first[0].is_suspect and self.counters.in_flight:
                 return  # alone means alone
@@ -268,6 +269,9 @@ class Batcher(Generic[R]):
             self._singles = self._singles + 1 if count == 1 else 0
             self._is_alone = self._singles >= _ALONE_AFTER
             self._begin(leaving)
+            if self._queue and time.monotonic() > until:
+                self._dispatch_soon()
+                return
 
     def _first(self) -> list[_Asked[R]]:
         """Those at the head of the queue of whom the next batch is made; who is not wanted there any more is dropped.

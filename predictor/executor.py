@@ -262,7 +262,14 @@ class Executor:
             else:
                 async with until:
                     outputs = await made
-        except (Exception, SystemExit) as error:
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:
+            task = asyncio.current_task()
+            if isinstance(error, GeneratorExit) or (
+                isinstance(error, asyncio.CancelledError) and task is not None and task.cancelling()
+            ):
+                raise
             if isinstance(error, TimeoutError) and until.expired():  # else it is the op's own
                 late = f"{_place(self.plan.name, step)}: not done within {left_s or 0:.3f} s"
                 raise DeadlineExceeded(late) from error
@@ -378,7 +385,9 @@ def _chosen(step: Step, run: Run) -> Any:
 def _called(workflow: str, step: Step, batch: Batch) -> Any:
     try:
         return step.node.op.run(batch)
-    except (Exception, SystemExit) as error:  # an op does not end the server
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # an op does not end the server, nor does a panic of the Rust code that it calls
         raise _reported(workflow, step, error) from error
 
 
@@ -408,7 +417,7 @@ def _wrong_names(workflow: str, step: Step, made: Any) -> Internal:
     return Internal(f"{_place(workflow, step)} outputs: found {names_of(made)}, expected {expected}")
 
 
-def _reported(workflow: str, step: Step, error: Exception | SystemExit) -> Exception:
+def _reported(workflow: str, step: Step, error: BaseException) -> Exception:
     """The error that a caller is told of; the log has a fault's trace."""
     if isinstance(error, ServingError):
         return error

@@ -1,14 +1,17 @@
 """A service whose requests say which of its workflows runs them."""
 
+import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
-from cube.errors import BadRequest
+from cube.errors import BadRequest, Internal
 from cube.rpc.calls import Call
 from predictor.requests import Form
 from predictor.service import Answer, Service, T
 from predictor.tensors import Texts, datatype_of
+
+log = logging.getLogger(__name__)
 
 _LONGEST = 1_000  # bytes of a key that are looked at
 
@@ -58,8 +61,17 @@ class MappedService(Service):
         picked = [self._picked(request) for request in requests]
         for service in self.services:
             own = [rest for one, rest in picked if one is service]
-            if own or not requests:
+            try:
                 await service.warm_up(own)
+            except (BadRequest, Internal) as error:
+                if own or not requests:
+                    raise
+                log.warning("service %s, which has no recorded request: warm-up failed (%s)", service.name, error)
+
+    async def try_company(self) -> None:
+        """See Service."""
+        for service in self.services:
+            await service.try_company()
 
     def _picked(self, inputs: Mapping[str, Any]) -> tuple[Service, dict[str, Any]]:
         """The service that answers a request, and the request without its key."""

@@ -27,7 +27,9 @@ from predictor.tensors import DTYPES, Texts, check_alike, datatype_of, shape_tex
 from trainer_tools.manifest import Lookup, Tensor
 
 _SAMPLE_KEYS = 100  # what keys of samples are below: where keys are ids, tables have these
-KEYS_PER_UNIT = 100  # of work: what the time of a run goes by are samples, and keys by the 100
+# What the time of a run goes by is work: samples, keys by the 100, and bytes of texts by the 1000.
+KEYS_PER_UNIT = 100
+BYTES_PER_UNIT = 1_000
 
 
 class Request(NamedTuple):
@@ -35,7 +37,7 @@ class Request(NamedTuple):
 
     values: dict[str, Any]  # of the form's ports
     rows: int  # samples
-    work: int
+    work: int  # in units: see KEYS_PER_UNIT
     keys: int
 
 
@@ -120,16 +122,24 @@ class Form:
             features |= rest | {lookup.text: texts([b""] * int(np.prod(shape)), tuple(shape))}
         return [keys, features] if self.lookups else [keys]
 
-    def sample(self, rows: int) -> Request:
-        """A checked request of random numbers and keys; other integers are zeros, as nobody knows what is taken."""
-        rng = np.random.default_rng(0)
-        inputs = self.examples(rows)[0]
-        keys = {lookup.keys for lookup in self.lookups}
+    def sample(self, rows: int, seed: int = 0, below: int = 1) -> Request:
+        """A checked request of random numbers and keys.
+
+        below: what integers that are no keys are below, and how many texts there are, as nobody knows what is taken.
+        """
+        rng = np.random.default_rng(seed)
+        inputs = self.examples(min(rows, self._max_samples))[0]
         for name, value in inputs.items():
-            if name in keys:
+            if any(name == lookup.keys for lookup in self.lookups):
                 inputs[name] = frozen(rng.integers(0, _SAMPLE_KEYS, value.shape, np.uint64))
-            elif isinstance(value, np.ndarray) and value.dtype.kind == "f":
+            elif isinstance(value, Texts):
+                words = [b"%d" % number if number else b"" for number in rng.integers(0, below, value.starts.size)]
+                inputs[name] = texts(words, value.shape)
+            elif value.dtype.kind == "f":
                 inputs[name] = frozen(np.asarray(rng.random(value.shape)).astype(value.dtype))
+            elif name in self.dense:  # not lengths
+                most = 2 if value.dtype.kind == "b" else int(np.iinfo(value.dtype).max)
+                inputs[name] = frozen(rng.integers(0, min(below, most), value.shape).astype(value.dtype))
         return self.read(inputs)
 
     def read(self, inputs: Mapping[str, Any]) -> Request:
@@ -140,10 +150,12 @@ class Form:
             raise BadRequest(f"input {name!r}", "a name the model does not take", expected)
         values: dict[str, Any] = {}
         counts: dict[str, int] = {}
-        keys = 0
+        keys = size = 0
         for name, port in self.dense.items():
             value = _given(inputs, name, port)
             _check(name, value, port)
+            if port.datatype == "BYTES":
+                size += int(value.sizes.sum())
             if self._finite and port.datatype.startswith("FP"):
                 _check_finite(name, value)
             if port.ragged:
@@ -164,7 +176,8 @@ class Form:
             check_alike(self._alike, inputs)
         if keys > self._max_keys:
             raise BadRequest("request", f"{keys} keys", f"at most {self._max_keys}")
-        return Request(values, rows, rows + int(keys) // KEYS_PER_UNIT, int(keys))
+        work = rows + int(keys) // KEYS_PER_UNIT + size // BYTES_PER_UNIT
+        return Request(values, rows, work, int(keys))
 
     def _agreed(self, counts: Mapping[str, int]) -> int:
         if len(set(counts.values())) > 1:

@@ -3,16 +3,17 @@
 import asyncio
 import itertools
 import logging
+import math
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple, TypeVar, cast
 
 import numpy as np
 
-from cube.errors import BadConfig, BadRequest, NotServed
+from cube.errors import BadConfig, BadRequest, Internal, NotServed
 from cube.rpc.calls import Call
 from predictor.batching import Batcher, Limits, Share
 from predictor.executor import TIMES, Executor, Rest, Run
@@ -27,7 +28,11 @@ from trainer_tools.manifest import Tensor
 
 log = logging.getLogger(__name__)
 
-_COMPANY = 3  # rows that are answered together and alone, to see whether they mix
+# Rows that are answered together and alone, to see whether they mix: recorded ones, and made-up ones in several trials,
+# as whole numbers (the tags of a sentence) often come out the same whoever is beside them.
+_COMPANY, _MADE_UP, _TRIALS = 3, 16, 4
+_TRIALS_S = 2.0  # for all trials of a workflow; three rows are looked at in any case
+_BELOW = (1_000, 2, 1)  # what made-up integers are below: the first that the service does not refuse
 
 Facts = dict[str, int | str]
 T = TypeVar("T")  # what a door makes of an answer
@@ -77,15 +82,18 @@ class Lane:
             if make.port.datatype == "BOOL"
         ]
 
-    async def check_company(self, request: Request) -> None:
+    async def check_company(self, request: Request, until: float = math.inf) -> None:
         """See that rows are answered in company as they are alone; if not, requests are not merged from now on.
 
-        request: at least two rows. Rounding may differ by batch size, so numbers are compared loosely.
+        request: at least two rows. until: time.monotonic() when rows beyond the third are left. Rounding may differ by
+        batch size, so numbers are compared loosely.
         """
         if not self.batcher.limits.is_on:
             return
         whole = await self._outputs(request.values, request.rows)
         for row in range(request.rows):
+            if row >= _COMPANY and time.monotonic() > until:
+                return
             ports = self.plan.request
             alone = {name: slice_rows(value, ports[name], row, row + 1) for name, value in request.values.items()}
             for name, value in (await self._outputs(alone, 1)).items():
@@ -239,22 +247,50 @@ class Service:
         return told
 
     async def warm_up(self, requests: Sequence[Mapping[str, Any]] = ()) -> None:
-        """Run requests, so that every op and kernel has run, and see whether rows mix. Raises what that raises.
+        """Run requests, so that every op and kernel has run, and see whether their rows mix. Raises what that raises.
 
         requests: as callers send them. Default: two samples of zeros.
         """
-        try:
+        with self._uncounted():
             for request in requests or self.form.examples(2):
                 await _whole(self.infer(request, (), Call("warm-up"), then=_itself))
-            read = [self.form.read(request) for request in requests] or [self.form.sample(_COMPANY)]
-            for lane in self.lanes:
-                if lane.batcher.limits.is_on:
-                    with ExitStack() as stack:
-                        for step in lane.plan.steps:
-                            if not requests and isinstance(step.node.op.within, Gather):
-                                stack.enter_context(step.node.op.within.with_made_up_rows())
+            if requests:
+                read = [self.form.read(request) for request in requests]
+                for lane in self.lanes:
+                    if lane.batcher.limits.is_on:
                         await lane.check_company(_company(lane.plan.request, read))
-        finally:  # nobody has asked for these
+
+    async def try_company(self) -> None:
+        """See whether made-up rows mix. Raises what the workflows raise where they take none of them."""
+        with self._uncounted():
+            for lane in self.lanes:
+                if not lane.batcher.limits.is_on:
+                    continue
+                with ExitStack() as stack:
+                    for step in lane.plan.steps:
+                        if isinstance(step.node.op.within, Gather):
+                            stack.enter_context(step.node.op.within.with_made_up_rows())
+                    until, below = time.monotonic() + _TRIALS_S, list(_BELOW)
+                    for trial in range(_TRIALS):
+                        while True:
+                            try:
+                                made_up = self.form.sample(_MADE_UP, trial, below[0])
+                                values = {name: made_up.values[name] for name in lane.plan.request}
+                                await lane.check_company(made_up._replace(values=values), until)
+                                break
+                            except (BadRequest, Internal):
+                                if len(below) == 1:
+                                    raise
+                                del below[0]
+                        if time.monotonic() > until:
+                            break
+
+    @contextmanager
+    def _uncounted(self) -> Iterator[None]:
+        """Nobody has asked for what runs in this block."""
+        try:
+            yield
+        finally:
             self.counts.clear()
             for lane in self.lanes:
                 lane.counts.clear()

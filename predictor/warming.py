@@ -8,7 +8,7 @@ import asyncio
 import logging
 import struct
 import zlib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from concurrent.futures import Executor as Threads
 from contextlib import ExitStack
 from pathlib import Path
@@ -32,22 +32,32 @@ _SIDE = 16  # pixels of a made-up image
 
 
 async def warm_up(
-    service: Service, used: Sequence[Model], threads: Threads, *, parts: Sequence[Service] = (), knows: bool = False
+    service: Service,
+    used: Sequence[Model],
+    threads: Threads,
+    *,
+    parts: Sequence[Service] = (),
+    knows: bool = False,
+    elsewhere: Collection[str] = (),
 ) -> None:
-    """Run what was recorded, else made-up requests. They are not counted, and no deadline of a node applies to them.
+    """Run what was recorded, else made-up requests; then see whether rows mix.
+
+    They are not counted, and no deadline of a node applies to them.
 
     used: the models whose recordings are run. threads: where engines are timed. parts: the services within one that
     only passes requests on. knows: whether made-up requests are known to fit, and so run in any case; where callers'
-    may fit and made-up ones do not, the log has a warning. Raises BadData for a recording that does not fit, and what
-    requests raise.
+    may fit and made-up ones do not, the log has a warning. elsewhere: models that other services use as well, for whose
+    requests a recording may be. Raises BadData for any other that does not fit, and what requests raise.
     """
+    fits = list(parts) or [service]
     with ExitStack() as stack:
         for lane in service.lanes:
             stack.enter_context(lane.executor.untimed())
-        recordings = [model.recording for model in used if model.recording is not None]
-        for recording in recordings:
-            await _run_recorded(service, recording)
-        for part in (parts or [service]) if knows or not recordings else []:
+        has_run = False
+        for model in used:
+            if model.recording is not None:
+                has_run |= await _run_recorded(service, model.recording, model.name in elsewhere)
+        for part in fits if knows or not has_run else []:
             try:
                 await _run_made_up(part)
             except _NOT_FITTING as error:
@@ -55,9 +65,14 @@ async def warm_up(
                     raise
                 text = "service %s: warm-up failed (%s), so its first request will be slow"
                 log.warning(text, service.name, error)
-    for model in used:
-        if isinstance(model.engine, Undecided):
-            await asyncio.get_running_loop().run_in_executor(threads, model.engine.decide)
+        for model in used:
+            if isinstance(model.engine, Undecided):
+                await asyncio.get_running_loop().run_in_executor(threads, model.engine.decide)
+        for part in fits:
+            try:
+                await part.try_company()
+            except _NOT_FITTING as error:  # then its warm-up has failed, or images and recordings were looked at there
+                log.info("service %s: made-up rows were not tried in company (%s)", part.name, error)
     if len(used) == 1:
         service.platform = used[0].engine.platform
 
@@ -70,12 +85,22 @@ def may_hold(form: Form) -> list[Tensor]:
     return [*tensors, *raw.values()]
 
 
-async def _run_recorded(service: Service, recording: Path) -> None:
-    requests = recorded(recording, may_hold(service.form))
+async def _run_recorded(service: Service, recording: Path, is_elsewhere: bool) -> bool:
+    """Whether the recording is one of requests of this service."""
     try:
+        requests = recorded(recording, may_hold(service.form))
         await service.warm_up(requests)
+    except BadData as error:
+        wrong = error
     except _NOT_FITTING as error:
-        raise BadData(str(recording), error, f"requests that {service.name} answers") from error
+        wrong = BadData(str(recording), error, f"requests that {service.name} answers")
+        wrong.__cause__ = error
+    else:
+        return True
+    if not is_elsewhere:
+        raise wrong
+    log.warning("service %s warms up without a recording, which is another service's: %s", service.name, wrong)
+    return False
 
 
 async def _run_made_up(service: Service) -> None:

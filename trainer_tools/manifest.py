@@ -206,3 +206,22 @@ def read(kind: type[T], path: Path) -> T:
 def write(value: _Strict, path: Path) -> None:
     """Write what `read` reads, for people to read too."""
     path.write_bytes(msgspec.json.format(msgspec.json.encode(value), indent=2) + b"\n")
+
+
+def check_names(said: Manifest) -> None:
+    """Raise BadData where one name of a request would mean two things."""
+    meant: dict[str, object] = {tensor.name: tensor for tensor in said.inputs}
+    for ragged, lengths in said.ragged_lengths().items():
+        if meant.setdefault(lengths, lengths) != lengths:
+            raise BadData(f"input {ragged}", f"lengths {lengths!r}, which is another input too", "other names")
+    for lookup in said.lookups:
+        shape = lookup.lengths or (lookup.feed_shape or [])[:-1]
+        parts = {
+            lookup.keys: (shape, lookup.added),
+            lookup.text: shape,
+            lookup.lengths: lookup.lengths,
+            lookup.weights: lookup.keys,
+        }
+        for name, meaning in parts.items():
+            if name is not None and meant.setdefault(name, meaning) != meaning:
+                raise BadData(f"lookup {lookup.feed}", f"request input {name!r}, which is another's too", "other names")

@@ -16,6 +16,8 @@ from trainer_tools.feeding import Pool, Request, RowsOf, Run, Sequences
 from trainer_tools.manifest import Manifest
 from trainer_tools.pruning import ENDLESS, Difference, difference
 
+_RECIPE = "one exported to serve: after model.eval(), of Paddle after clone(for_test=True)"
+
 
 class Expected(NamedTuple):
     """What the original computes, and the request for the same, so that the original is not needed any more."""
@@ -38,22 +40,27 @@ def compare(case: Expected, run: Run, manifest: Manifest, rows_of: RowsOf, pool:
     return worst
 
 
-def check_steady(place: str, expected: Callable[[], Sequence[Expected]], random_ops: Sequence[str]) -> None:
-    """Raise BadData for a program that computes something else of the same samples each time.
+def check_random_ops(place: str, random_ops: Sequence[str]) -> None:
+    """Raise BadData for a program that has random ops, which are named for people. place: of the program.
 
-    place: of the program. expected: what it computes, of the same samples whenever it is called. random_ops: that it
-    has, for people; runtimes may give these the same seed in every session, so their presence is enough.
+    Their presence is enough: a seed makes the first run of every session the same, and no run after it.
     """
-    recipe = "one exported to serve: after model.eval(), of Paddle after clone(for_test=True)"
     if random_ops:
         ops = ", ".join(random_ops)
-        raise BadData(place, f"a program whose own outputs differ from run to run (random ops: {ops})", recipe)
+        raise BadData(place, f"a program whose own outputs differ from run to run (random ops: {ops})", _RECIPE)
+
+
+def check_steady(place: str, expected: Callable[[], Sequence[Expected]]) -> None:
+    """Raise BadData for a program that computes something else of the same samples each time.
+
+    place: of the program. expected: what it computes, of the same samples whenever it is called.
+    """
     worst = Difference()
     for first, second in zip(expected(), expected(), strict=True):
         for one, other in zip(first.outputs, second.outputs, strict=True):
             worst = worst.or_larger(_apart(one, other))
     if not worst.is_rounding:
-        raise BadData(place, f"a program whose own outputs differ from run to run, by {worst.largest:g}", recipe)
+        raise BadData(place, f"a program whose own outputs differ from run to run, by {worst.largest:g}", _RECIPE)
 
 
 class Read(NamedTuple):

@@ -114,7 +114,7 @@ def prune(cut: Cut[P], out: Path, options: Options, prover: Prover) -> Report:
         compared, difference, outside = _compare(said, directory, draft, options, prover)
         if not difference.is_rounding:
             again = partial(prover.expected, said, options.verify_samples)
-            proof.check_steady(str(cut.trained.path), again, cut.trained.random_ops())
+            proof.check_steady(str(cut.trained.path), again)
         difference.check(out)
         run = prover.runs(directory) if prover.runs and options.wanted.data else None
         measured = accuracy.settle(draft, out, said, options.wanted, run)
@@ -196,6 +196,7 @@ def _manifest(cut: Cut[P], version: int, tables: dict[str, manifest.Table], file
         lod_levels={t.name: level for t in inputs if (level := pruned.lod_level(t.name))},
         sign_vectors=sign_vectors(sign),
     )
+    manifest.check_names(said)
     return msgspec.structs.replace(said, alike=_alike(pruned.alike(), said))
 
 

@@ -6,7 +6,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from trainer_tools import paddle_proof, prune_files
+from trainer_tools import paddle_proof, proof, prune_files
 from trainer_tools.programs import paddle
 from trainer_tools.programs.paddle import PaddleProgram
 from trainer_tools.programs.program import Candidate, decide
@@ -22,16 +22,17 @@ def survey(directory: Path, options: Options) -> list[Candidate]:
 def prune(directory: Path, out: Path, options: Options) -> Report:
     """Prune the program in `directory` into `out`; see prune_program.prune."""
     cut = cut_of(directory, paddle.load(directory), options)
-    return prune_files.prune(cut, out, options, _prover(options, cut))
+    # What names no outputs cannot be run as it stands
+    original = cut.program if options.fetch else cut.trained
+    proof.check_random_ops(str(cut.trained.path), original.random_ops())
+    return prune_files.prune(cut, out, options, _prover(options, cut, original))
 
 
-def _prover(options: Options, cut: Cut[PaddleProgram]) -> Prover:
+def _prover(options: Options, cut: Cut[PaddleProgram], original: PaddleProgram) -> Prover:
     """The Python that has Paddle, if there is one."""
     python = options.paddle_python or os.environ.get("PADDLE_PYTHON")
     if not python and importlib.util.find_spec("paddle"):
         python = sys.executable
-    # What names no outputs cannot be run as it stands
-    original = cut.program if options.fetch else cut.trained
     expected = partial(paddle_proof.expected, python or "", original, cut)
     runs = partial(paddle_proof.runs, python, cut.pruned) if python else None
     return Prover(_missing(options, cut, python), expected, runs)

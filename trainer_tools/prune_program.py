@@ -44,9 +44,10 @@ def prune(directory: Path, out: Path, options: Options = Options()) -> Report:  
     An `out` that prune-program wrote before is replaced; any other existing directory is refused. Raises BadData for
     what cannot be pruned, DataCorrupt if the result does not compute what the original does.
     """
+    steps = _steps(directory, options)
     _check_out(directory, out)
     options.wanted.check()
-    return _steps(directory, options).prune(directory, out, options)
+    return steps.prune(directory, out, options)
 
 
 def survey(directory: Path, options: Options = Options()) -> list[Candidate]:  # noqa: B008 - immutable
@@ -81,9 +82,17 @@ def _steps(directory: Path, options: Options) -> _Steps:
 
 
 def _check_out(directory: Path, out: Path) -> None:
-    """Raise BadData for a path inside the input, and for an existing one that is not what prune-program writes."""
-    if out.resolve().is_relative_to(directory.resolve()):
+    """Raise BadData for a path that would change the input, and for an existing one that prune-program did not write.
+
+    directory: of the trained model, or its program's file, beside which there may be anything.
+    """
+    place, source = out.resolve(), directory.resolve()
+    if directory.is_dir() and place.is_relative_to(source):
         raise BadData(str(out), "a path inside the trained model", "another: --out")
+    files = list(directory.iterdir()) if directory.is_dir() else [directory]  # that may be links
+    found = [source, *(path.parent.resolve() / path.name for path in files), *(path.resolve() for path in files)]
+    if any(path.is_relative_to(place) for path in found):
+        raise BadData(str(out), "a path that holds the trained model", "another: --out")
     if not out.exists():
         return
     try:

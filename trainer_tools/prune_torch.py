@@ -85,6 +85,7 @@ def _halve(directory: Path, out: Path, draft: Path, options: Options) -> _Half:
     cuts = cuts_of(trained, lookups, options.vocabularies)
     pruned = trained.program.cut(lookups)
     _check_inputs(trained.program, pruned, candidates)
+    proof.check_random_ops(str(trained.source), pruned.random_ops())
     if torch_export.is_stateful(pruned.program):
         found = "a program that changes its own parameters (max_norm), buffers or inputs in every run"
         raise BadData(
@@ -188,7 +189,7 @@ def _manifest(
         signature=trained.signature.signature if trained.signature else manifest.DEFAULT_SIGNATURE,
         sign_vectors=sign_vectors(sign),
     )
-    _check_names(result)
+    manifest.check_names(result)
     return result
 
 
@@ -256,22 +257,6 @@ def _added(cut: Cut, slots: int) -> list[int]:
     return added * slots if cut.found.pooling != "none" and len(added) > 1 else added
 
 
-def _check_names(result: Manifest) -> None:
-    """Raise BadData where one name of a request would mean two things."""
-    meant: dict[str, object] = {tensor.name: tensor for tensor in result.inputs}
-    for lookup in result.lookups:
-        shape = lookup.lengths or (lookup.feed_shape or [])[:-1]
-        parts = {
-            lookup.keys: (shape, lookup.added),
-            lookup.text: shape,
-            lookup.lengths: lookup.lengths,
-            lookup.weights: lookup.keys,
-        }
-        for name, meaning in parts.items():
-            if name is not None and meant.setdefault(name, meaning) != meaning:
-                raise BadData(f"lookup {lookup.feed}", f"request input {name!r}, which is another's too", "other names")
-
-
 def _compare(half: _Half, run: Run, cube: LocalCube, options: Options) -> tuple[int, Difference]:
     """On how many samples the original and pruned + rows were compared, and how far they are apart."""
     cases: Iterator[Expected] = iter(half.random)
@@ -298,7 +283,7 @@ def _check_steady(directory: Path, result: Manifest, options: Options) -> None:
     cuts = cuts_of(trained, chosen(_decided(trained, options), str(trained.source)), options.vocabularies)
     original, keyed = Original(trained.program), [Keyed(cut.found, cut.table.keys) for cut in cuts]
     again = partial(torch_proof.expected, original, result, keyed, max(1, options.verify_samples))
-    proof.check_steady(str(trained.source), again, trained.program.random_ops())
+    proof.check_steady(str(trained.source), again)
 
 
 def _criteo_inputs(original: Original, cuts: Sequence[Keyed], result: Manifest, lines: Path) -> Iterator[Inputs]:

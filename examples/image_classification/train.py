@@ -4,6 +4,7 @@ The images are drawn here: a circle, a square, a triangle or a cross, of any siz
 ground.
 """
 
+import asyncio
 import io
 import sys
 from pathlib import Path
@@ -79,7 +80,7 @@ def pixels_of(files: list[bytes]) -> torch.Tensor:
     """What the net is given for image files, by the op that serves them."""
     batch = Batch(image=texts(files))
     batch.rows, batch.deadline = len(files), None
-    return torch.from_numpy(DECODE.run(batch)["pixels"])
+    return torch.from_numpy(asyncio.run(DECODE.run(batch))["pixels"])
 
 
 def train(directory: Path) -> torch.nn.Module:

@@ -17,7 +17,7 @@ class AtOnce:
     def one(self) -> Iterator[None]:
         """While the block runs there is one more; raises Overloaded where that is one too many."""
         if self._there >= self._most:
-            raise Overloaded(f"{self._place}: {self._there} are being made, at most {self._most} may")
+            raise Overloaded(f"{self._place}: {self._there} are being made, at most {self._most} may be at once")
         self._there += 1
         try:
             yield

@@ -21,6 +21,7 @@ from predictor.engines.pairing import Unlike, listed, named_as
 log = logging.getLogger(__name__)
 
 # How far two engines may be apart: kernels that add in another order differ by a few parts in 10^7 per op of float32.
+# ATOL is a share of an output's largest number: probabilities of rare things are small, as is what is wrong with them.
 RTOL, ATOL = 1e-4, 1e-5
 # An engine is chosen over one that is named before it only if it saves this share of the time: below, the choice would
 # be another one at every start.
@@ -166,18 +167,24 @@ def _under_names_of(first: tuple[str, Engine], name: str, engine: Engine) -> Eng
 
 def _disagreement(engine: Engine, requests: Sequence[Sequence[Feed]], wanted: Sequence[Sequence[NDArray[Any]]]) -> str:
     """How an engine's answers differ from those wanted; empty if they do not."""
+    largest = [max(map(_largest, arrays)) for arrays in zip(*wanted, strict=True)]
     for number, (feeds, arrays) in enumerate(zip(requests, wanted, strict=True)):
         try:
             made = engine.run(feeds)
         except Exception as error:  # whatever it is, the first candidate did not raise it
             return f"request {number} fails ({error})"
-        for tensor, one, other in zip(engine.outputs, arrays, made, strict=True):
+        for tensor, one, other, most in zip(engine.outputs, arrays, made, largest, strict=True):
             if one.shape != other.shape or one.dtype != other.dtype:
                 return f"output {tensor.name!r} is {other.dtype} {other.shape}, not {one.dtype} {one.shape}"
-            if not np.allclose(one, other, RTOL, ATOL, equal_nan=True):
+            if not np.allclose(one, other, RTOL, ATOL * most, equal_nan=True):
                 apart = np.abs(one.astype(np.float64) - other.astype(np.float64)).max()
                 return f"output {tensor.name!r} of request {number} differs by {apart:.3g}"
     return ""
+
+
+def _largest(numbers: NDArray[Any]) -> float:
+    """The largest finite number, without its sign."""
+    return float(np.max(np.abs(numbers), initial=0, where=np.isfinite(numbers)))
 
 
 def _median_s(engine: Engine, feeds: Sequence[Feed], clock: Callable[[], float]) -> float:

@@ -125,7 +125,7 @@ def _part(part: str, tensors: dict[str, Tensor], place: str) -> tuple[str, int]:
         return part, 0
     name, _, number = part.rpartition("/")
     if name not in tensors or not (number.isascii() and number.isdigit() and len(number) < 10):
-        raise BadData(place, f"an array {part!r}", f"inputs of the model: {', '.join(tensors)}")
+        raise BadData(place, f"an array {part!r}", f"what requests hold: {', '.join(tensors)}")
     return name, int(number)
 
 

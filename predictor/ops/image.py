@@ -1,5 +1,6 @@
 """Image files → arrays for a net: decode, resize, normalise, as torchvision's transforms do."""
 
+import asyncio
 import io
 import time
 from collections.abc import Mapping, Sequence
@@ -26,7 +27,8 @@ class DecodeImage(Op):
     """Files of images, one for each row, as FP32 [-1, 3, height, width], or [-1, height, width, 3].
 
     As torchvision's Resize, CenterCrop, ToTensor and Normalize on a file that Pillow opened: bilinear with
-    antialiasing, transparency dropped, EXIF's orientation not applied.
+    antialiasing, transparency dropped, EXIF's orientation not applied. It decodes in threads of its own, never on the
+    event loop: a file of a few KB may hold millions of pixels, so nothing tells how long it takes before it is opened.
     """
 
     def __init__(
@@ -47,8 +49,9 @@ class DecodeImage(Op):
     ):
         """resize: what the shorter side becomes before the middle is cut out; 0: the image is stretched to its place.
 
-        mean, std: of each channel, in the order of `channels`, of values from 0 to 1. threads: images at once.
-        max_pixels, max_bytes: of an image, as its file says before it is decoded; a larger one is refused.
+        mean, std: of each channel, in the order of `channels`, of values from 0 to 1. threads: images at once, whatever
+        batches they are of. max_pixels, max_bytes: of an image, as its file says before it is decoded; a larger one is
+        refused.
         """
         for name, size in (("height", height), ("width", width), ("threads", threads), ("max_pixels", max_pixels)):
             if size < 1:
@@ -63,7 +66,7 @@ class DecodeImage(Op):
         levels = np.arange(256, dtype=np.float32) / np.float32(255)
         self._levels = (levels - np.array(mean, np.float32)[:, None]) / np.array(std, np.float32)[:, None]
         self._order = np.array((2, 1, 0) if channels == "BGR" else (0, 1, 2))
-        self._threads = ThreadPoolExecutor(threads, "image") if threads > 1 else None
+        self._threads = ThreadPoolExecutor(threads, "image")
 
     def wanted(self) -> Mapping[str, Port]:
         """The files."""
@@ -85,7 +88,8 @@ class DecodeImage(Op):
         Image.new("RGB", (1, 1)).save(one, "PNG")
         self._decode(np.frombuffer(one.getvalue(), np.uint8), "", np.empty(self._shape, np.float32))
 
-    def run(self, batch: Batch) -> Outputs:
+    async def run(self, batch: Batch) -> Outputs:
+        """See Op. Of several images that are refused, the error is that of the first row."""
         files: Texts = batch[self._input]
         made = np.empty((batch.rows, *self._shape), np.float32)
 
@@ -95,15 +99,18 @@ class DecodeImage(Op):
             start = files.starts[row]
             self._decode(files.data[start : start + files.sizes[row]], f"input {self._input!r}[{row}]", made[row])
 
-        each = map if self._threads is None or batch.rows == 1 else self._threads.map
-        for _ in each(decode, range(batch.rows)):
-            pass
+        rows = [self._threads.submit(decode, row) for row in range(batch.rows)]
+        try:
+            for row in rows:
+                await asyncio.wrap_future(row)
+        finally:
+            for row in rows:
+                row.cancel()  # those that no thread has begun, where one was refused or nobody waits any more
         return {self._output: made}
 
     def close(self) -> None:
         """See Op."""
-        if self._threads is not None:
-            self._threads.shutdown(wait=False, cancel_futures=True)
+        self._threads.shutdown(wait=False, cancel_futures=True)
 
     def _decode(self, file: NDArray[np.uint8], place: str, out: NDArray[np.float32]) -> None:
         """One image into its row of the result."""

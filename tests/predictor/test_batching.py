@@ -286,6 +286,24 @@ def test_expired_requests_leave_before_compute():
     assert (counters.expired, counters.waiting_rows, counters.in_flight) == (2, 0, 0)
 
 
+def test_a_queue_of_short_runs_leaves_the_event_loop_a_turn_now_and_then():
+    def compute(x):
+        end = time.thread_time() + 0.003
+        while time.thread_time() < end:
+            pass
+
+    async def main():
+        batcher = batcher_of(Runs(fail=compute), is_on=False)
+        waiting = [asyncio.ensure_future(asked(batcher, n)) for n in range(20)]
+        turns = 0
+        while not all(one.done() for one in waiting):
+            await asyncio.sleep(0)
+            turns += 1
+        return turns
+
+    assert run(main()) >= 8
+
+
 def test_a_full_queue_refuses():
     runs = Runs(seconds=0.05)
 

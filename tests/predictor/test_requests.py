@@ -43,6 +43,22 @@ def test_a_good_request_becomes_offsets_and_a_count():
     assert made.values["keys"].offsets.size == made.rows * FORM.ports["keys"].per_row + 1
 
 
+def test_work_goes_by_samples_keys_and_bytes_of_texts():
+    def work_of(form, **values):
+        return form.read(values).work
+
+    assert work_of(FORM, **request()) == 2
+    many = {"keys": np.arange(1_000, dtype=np.uint64), "lengths": np.array([[700, 0, 0], [300, 0, 0]], np.int32)}
+    assert work_of(FORM, **request(**many)) == 2 + 10
+    plain = Form({"text": Port("BYTES")}, [], max_samples=100, max_keys=1000, finite=True)
+    assert work_of(plain, text=texts([b"short"] * 3)) == 3
+    assert work_of(plain, text=texts([b"x" * 160_000])) == 1 + 160
+    port = Port("BYTES", (-1,), ragged=True)
+    bags = Form({"text": port}, [], max_samples=100, max_keys=1000, finite=True, lengths={"text": "text.lengths"})
+    given = {"text": texts([b"x" * 2_000] * 3), "text.lengths": np.array([1, 2], np.int32)}
+    assert work_of(bags, **given) == 2 + 6
+
+
 nan, inf = np.array([[0, 0], [0, np.nan]], np.float32), np.array([[np.inf, 0], [0, 0]], np.float32)
 
 

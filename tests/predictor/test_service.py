@@ -10,7 +10,7 @@ from one_shard import OneShard
 
 from cube.client import Answer as Looked
 from cube.client import Rows
-from cube.errors import BadConfig, BadRequest, NotServed
+from cube.errors import BadConfig, BadRequest, Internal, NotServed
 from cube.rpc.calls import Call
 from cube.version import Version
 from predictor.apart import Gathered
@@ -186,7 +186,7 @@ def test_everybody_is_told_of_their_own_keys(is_here, max_rows, is_apart):
 )
 def test_a_net_whose_rows_look_at_each_other_is_not_merged(function, is_merged, caplog):
     service = service_of(Apply(function))
-    asyncio.run(service.warm_up())
+    asyncio.run(service.try_company())
     assert service.lanes[0].batcher.limits.is_on is is_merged
     assert ("depends on the rows beside it" in caplog.text) is not is_merged
 
@@ -198,6 +198,7 @@ def test_a_net_whose_rows_look_at_each_other_is_not_merged(function, is_merged, 
         (lambda x: x[:, 0].argsort().argsort(), False),
         (lambda x: x.argmax(axis=1), True),
         (lambda x: (x > 0.5).sum(axis=1), True),
+        (lambda x: (x[:, 0] + np.roll(x[:, 0], 1) > 1.7).astype(np.int64), False),  # tags, which are mostly 0
     ],
 )
 def test_whole_numbers_that_depend_on_other_rows_are_not_merged(function, is_merged):
@@ -208,8 +209,54 @@ def test_whole_numbers_that_depend_on_other_rows_are_not_merged(function, is_mer
             return {"y": function(batch["x"])}
 
     service = service_of(Ranks())
-    asyncio.run(service.warm_up())
+    asyncio.run(service.try_company())
     assert service.lanes[0].batcher.limits.is_on is is_merged
+
+
+@pytest.mark.parametrize("most", [1, 1_000, 1 << 40])
+@pytest.mark.parametrize(("mixes", "is_merged"), [(True, False), (False, True)])
+def test_rows_of_integers_that_mix_are_found_within_what_an_op_takes(most, mixes, is_merged):
+    class Shares(Op):
+        inputs, outputs = {"ids": Port("INT64"), "word": Port("BYTES")}, {"y": Port("FP32")}
+
+        def run(self, batch):
+            if (batch["ids"] > most).any():
+                raise BadRequest("ids", batch["ids"].max(), f"at most {most}")
+            return {"y": (batch["ids"] - (batch["ids"].mean() if mixes else 0)).astype(np.float32)}
+
+    form = Form({"ids": Port("INT64"), "word": Port("BYTES")}, [], max_samples=9, max_keys=0, finite=False)
+    lane = Lane(Executor(plan("w", [Node("a", Shares())], form.ports), THREADS), Limits())
+    service = Service("s", "1", "test", form, [lane])
+    asyncio.run(service.try_company())
+    assert lane.batcher.limits.is_on is is_merged
+
+
+class Panic(BaseException):
+    """As the Rust code of some packages raises it."""
+
+
+@pytest.mark.parametrize("kind", [Apply, Slow])
+@pytest.mark.parametrize("error", [Panic("!"), asyncio.CancelledError(), SystemExit(1)])
+def test_whoever_makes_an_op_panic_fails_alone(kind, error):
+    def fail(x):
+        if (x == 13).any():
+            raise error
+        return x
+
+    service = service_of(kind(fail))
+
+    async def one(number):
+        made = service.infer({"x": np.full((1, 2), number, np.float32)}, (), CALL, then=lambda answer: answer)
+        return await made if isinstance(made, Awaitable) else made
+
+    async def main():
+        tasks = [asyncio.ensure_future(one(number)) for number in (1, 13, 2)]
+        await asyncio.wait(tasks, timeout=60)
+        return tasks
+
+    first, second, third = asyncio.run(main())
+    assert isinstance(second.exception(), Internal)
+    assert [task.result().outputs["y"][0, 0] for task in (first, third)] == [1, 2]
 
 
 @pytest.mark.parametrize(("mixes", "is_merged"), [(True, False), (False, True)])

@@ -1,5 +1,7 @@
 """An op outside any workflow, its answer held to its own ports."""
 
+import asyncio
+import inspect
 import itertools
 
 import numpy as np
@@ -17,6 +19,8 @@ def run(op, values, rows, ports=None):
     batch = Batch({name: values[name] for name in (wanted or values)})
     batch.rows, batch.deadline = rows, None
     made = op.run(batch)
+    if inspect.iscoroutine(made):
+        made = asyncio.run(made)
     assert list(made) == list(made_ports)
     for name, port in made_ports.items():
         assert not port.misfit(made[name], rows), (name, port.misfit(made[name], rows))

@@ -30,6 +30,7 @@ def served(directory, *requests):
             lane = Lane(executor, Limits())
             service = Service(model.name, model.version, "test", form, [lane], tables=model.tables)
             await service.warm_up()
+            await service.try_company()
             given = [request(form) if callable(request) else request for request in requests]
             made = [service.infer(request, (), Call("/test"), then=lambda answer: answer) for request in given]
             answers = [await one if isinstance(one, Awaitable) else one for one in made]

@@ -285,6 +285,24 @@ def test_dropout_is_random_unless_it_is_set_to_serve(tmp_path, is_test, said):
     assert program.random_ops() == [*said, "uniform_random (q)"]
 
 
+def test_a_program_with_random_ops_is_refused_without_a_proof_too(tmp_path):
+    dropout = op("dropout", {"X": "x"}, {"Out": "y"}, OpDesc.Attr(name="is_test", type=BOOLEAN, b=False))
+    place = made(tmp_path / "m", [LOOKUP, dropout])
+    refused(place, tmp_path, r"outputs differ from run to run \(random ops: dropout \(y\)\)")
+    prune(place, tmp_path / "out", Options(fetch=["y"], verify_samples=0))  # which sets ops to serve
+    assert paddle.load(tmp_path / "out" / "program").random_ops() == []
+
+
+@pytest.mark.parametrize("name", ["a.keys", "a.text"])
+def test_a_name_of_a_request_that_would_mean_two_things_is_refused(tmp_path, name):
+    """Ids that are read otherwise too stay an input, and their keys are `a.keys` then, or `a.text`."""
+    mask = op("cast", {"X": "a"}, {"Out": "z"})
+    feed = op("feed", {"X": "feed"}, {"Out": name}, OpDesc.Attr(name="col", type=INT, i=2))
+    total = op("sum", {"X": f"x z {name}"}, {"Out": "y"})
+    place = made(tmp_path / "m", [feed, LOOKUP, mask, total], variable(name, [-1, 3]))
+    refused(place, tmp_path, f"lookup x: found request input '{name}', which is another's too, expected other names")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("combined", [False, True])
 def test_a_wide_table_takes_no_more_memory_than_twice_its_size(tmp_path, combined):

@@ -241,11 +241,13 @@ def test_an_absent_key_counts_so_padding_without_a_key_is_refused(model, tmp_pat
     assert prune(model, tmp_path / "out").largest_difference == 0
 
 
-def test_a_full_disk_leaves_nothing(tmp_path):
+@pytest.mark.parametrize("net", [(), (torch.nn.Linear(16, 4000),)], ids=["for rows", "for the program"])
+def test_a_full_disk_leaves_nothing(tmp_path, net):
     """Every file the tool writes is cut off at 64 KiB, which the kernel reports as it does a full disk."""
     (tmp_path / "big").mkdir()
     ids, dims = torch.zeros(3, dtype=torch.int64), ({0: Dim("B")},)
-    program = torch.export.export(torch.nn.Embedding(5000, 16), (ids,), dynamic_shapes=dims)
+    model = torch.nn.Sequential(torch.nn.Embedding(5000, 16), *net)
+    program = torch.export.export(model, (ids,), dynamic_shapes=dims)
     torch.export.save(program, tmp_path / "big" / "program.pt2")
     code = (
         "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
@@ -256,9 +258,54 @@ def test_a_full_disk_leaves_nothing(tmp_path):
     line = [sys.executable, "-c", code, str(tmp_path / "big")]
     done = subprocess.run(line, capture_output=True, text=True, cwd=ROOT, timeout=60)
     assert done.returncode == 1
-    assert done.stderr.startswith("prune-program: ")
-    assert done.stderr.count("\n") == 1
+    assert re.fullmatch(r"prune-program: .*/big\.pruned: found .*, expected .*: --out\n", done.stderr), done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["big"]
+
+
+@pytest.mark.parametrize(
+    ("place", "out", "found"),
+    [
+        ("two-towers", "two-towers/sub", "inside"),
+        ("two-towers", "link/sub", "inside"),
+        ("two-towers/program.pt2", "two-towers", "that holds"),
+        ("link", "two-towers/sub", "inside"),
+        ("two-towers", ".", "that holds"),
+        ("two-towers/program.pt2", ".", "that holds"),
+        ("link/program.pt2", ".", "that holds"),
+        ("file.pt2", "link", "that holds"),
+        ("two-towers/program.pt2", "two-towers/program.pt2", "that holds"),
+        ("links", "two-towers", "that holds"),
+    ],
+)
+def test_a_result_neither_lies_in_the_trained_model_nor_around_it(model, tmp_path, place, out, found):
+    """It would be part of it, or replace it. Links are followed."""
+    (tmp_path / "link").symlink_to(model)
+    (tmp_path / "links").mkdir()
+    for link in (tmp_path / "file.pt2", tmp_path / "links" / "program.pt2"):
+        link.symlink_to(model / "program.pt2")
+    before = {path: path.lstat().st_mtime_ns for path in tmp_path.rglob("*")}
+    with pytest.raises(BadData, match=f"found a path {found} the trained model, expected another: --out"):
+        prune(tmp_path / place, tmp_path / out)
+    assert {path: path.lstat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+
+
+def test_a_result_may_lie_beside_the_file_it_is_made_of(model, tmp_path, monkeypatch):
+    shutil.copytree(model, tmp_path / "here")
+    monkeypatch.chdir(tmp_path / "here")
+    here = tmp_path.relative_to(tmp_path)
+    prune(here / "program.pt2", here / "out")
+    assert (tmp_path / "here" / "out" / "manifest.json").is_file()
+
+
+@pytest.mark.parametrize("which", ["program", "program/program.pt2"])
+def test_what_was_pruned_is_not_pruned_in_place(model, tmp_path, which):
+    """The result would take the place of its input, tables that stayed in it included."""
+    prune(model, tmp_path / "out")
+    (tmp_path / "out" / "program").mkdir()
+    shutil.copy(model / "program.pt2", tmp_path / "out" / "program")
+    with pytest.raises(BadData, match="found a path that holds the trained model"):
+        prune(tmp_path / "out" / which, tmp_path / "out", Options(rules=Rules(min_rows=1)))
+    assert (tmp_path / "out" / "program" / "program.pt2").is_file()
 
 
 def test_a_lookup_that_the_signature_does_not_name_stays(tmp_path):

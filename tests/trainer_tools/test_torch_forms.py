@@ -4,6 +4,7 @@ import re
 import subprocess
 import sys
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -611,13 +612,24 @@ RANDOM = {
 }
 
 
+@pytest.mark.parametrize("samples", [0, 256])
 @pytest.mark.parametrize("op", RANDOM)
-def test_a_program_that_computes_something_else_in_every_run_is_told_from_a_wrong_result(tmp_path, op):
+def test_a_program_that_computes_something_else_in_every_run_is_told_from_a_wrong_result(tmp_path, op, samples):
     model = saved(tmp_path / "model", Rowwise(pool=RANDOM[op]), *COLUMNS)
     why = rf"a program whose own outputs differ from run to run \(random ops: {re.escape(op)}\)"
     with pytest.raises(BadData, match=rf"program\.pt2: found {why}, expected one exported to serve: after model\.eval"):
-        prune(model, tmp_path / "out", ALL)
+        prune(model, tmp_path / "out", replace(ALL, verify_samples=samples))
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_random_ops_that_no_output_to_serve_depends_on_go(tmp_path):
+    class Noisy(Rowwise):
+        def forward(self, ids):
+            return {**super().forward(ids), "noise": torch.rand_like(self.table(ids))}
+
+    model = saved(tmp_path / "model", Noisy(), *COLUMNS)
+    assert prune(model, tmp_path / "out", replace(ALL, fetch=["score"])).largest_difference == 0
+    assert torch_export.TorchProgram(torch_export.load(tmp_path / "out" / "program.pt2")).random_ops() == []
 
 
 def test_dropout_that_is_off_is_no_random_op(tmp_path):

@@ -5,7 +5,6 @@ refuses every archive that holds a pickle beyond what torch.load(weights_only=Tr
 """
 
 import ast
-import errno
 import io
 import json
 import re
@@ -186,10 +185,25 @@ def load(path: Path) -> ExportedProgram:
 def save(program: ExportedProgram, path: Path) -> None:
     """Write a program, without the example inputs it was traced with; raises OSError."""
     program._example_inputs = None
-    try:
-        torch.export.save(program, path)
-    except RuntimeError as error:  # how torch's archive writer reports a full disk
-        raise OSError(errno.EIO, str(error).splitlines()[0][:200], str(path)) from error
+    with _Archive(path, "wb") as archive:
+        torch.export.save(program, archive)
+        if archive.failed:
+            raise archive.failed
+
+
+class _Archive(io.FileIO):
+    """A file for torch's archive writer, which ends the process where a write raises: the first error is kept."""
+
+    failed: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        left = memoryview(data).cast("B")
+        while left and not self.failed:
+            try:
+                left = left[super().write(left) :]
+            except OSError as error:
+                self.failed = error
+        return len(data)
 
 
 def is_stateful(program: ExportedProgram) -> bool:
@@ -289,7 +303,7 @@ def cut(program: ExportedProgram, feeds: Mapping[str, str], fetch: Collection[st
     output = next(node for node in graph.nodes if node.op == "output")
     values: Any = output.args[0]
     output.args = ({name: v for name, v in zip(outputs, values, strict=True) if not fetch or name in fetch},)
-    graph.eliminate_dead_code()
+    graph.eliminate_dead_code(lambda node: node.is_impure(impure_random=False))
     for node in [n for n in graph.nodes if n.op == "placeholder" and not n.users]:
         graph.erase_node(node)
     module.delete_all_unused_submodules()

@@ -81,6 +81,13 @@ def test_one_that_answers_otherwise_is_dropped_with_a_warning(caplog, answer, wh
     assert re.search(why, warning.getMessage())
 
 
+def test_what_is_small_is_compared_by_its_own_size(caplog):
+    clock, rare = Clock(), lambda x: x[:, :1] * np.float32(1e-6)
+    assert chosen(clock, Timed(clock, 0.01, rare), Timed(clock, 0.001, lambda x: 8 * rare(x))) == 0
+    assert "differs by" in caplog.text
+    assert chosen(clock, Timed(clock, 0.01, rare), Timed(clock, 0.001, lambda x: rare(x) * np.float32(1 + 1e-6))) == 1
+
+
 def test_a_difference_in_the_last_digits_is_none():
     clock = Clock()
     assert chosen(clock, Timed(clock, 0.01), Timed(clock, 0.001, lambda x: x[:, :1] * np.float32(1 + 1e-6))) == 1

@@ -1,7 +1,9 @@
 """Image files → arrays, against Pillow and numpy step by step."""
 
+import asyncio
 import contextlib
 import io
+import threading
 import time
 import zlib
 
@@ -132,7 +134,62 @@ def test_nothing_is_decoded_after_the_deadline():
     batch = Batch(image=texts([file_of(picture())]))
     batch.rows, batch.deadline = 1, time.monotonic() - 1
     with pytest.raises(DeadlineExceeded):
-        op.run(batch)
+        asyncio.run(op.run(batch))
+
+
+def answered(batch, op, step_s=0.001):
+    """Whether the op answers, and how often the event loop came round meanwhile."""
+
+    async def main():
+        task, rounds = asyncio.ensure_future(op.run(batch)), 0
+        while not task.done():
+            await asyncio.sleep(step_s)
+            rounds += 1
+        return (await task)["pixels"], rounds
+
+    return asyncio.run(main())
+
+
+@pytest.mark.parametrize("threads", [1, 4])
+@pytest.mark.parametrize("rows", [1, 2])
+def test_the_event_loop_goes_on_while_an_image_of_few_bytes_and_many_pixels_is_decoded(rows, threads):
+    file = file_of(Image.new("RGB", (5_000, 5_000), (9, 9, 9)))
+    assert len(file) < 100_000
+    op = DecodeImage(height=8, width=8, threads=threads)
+    op.bind({"image": Port("BYTES")})
+    batch = Batch(image=texts([file] * rows))
+    batch.rows, batch.deadline = rows, None
+    pixels, rounds = answered(batch, op)
+    op.close()
+    assert pixels.shape == (rows, 3, 8, 8)
+    assert rounds >= 10  # about 100 for each row; on the event loop it would be 1 or 2
+
+
+def test_what_no_thread_has_begun_is_not_decoded_once_nobody_waits(monkeypatch):
+    op = DecodeImage(height=8, width=8, threads=1)
+    op.bind({"image": Port("BYTES")})
+    begun, go_on, seen = threading.Event(), threading.Event(), []
+
+    def decode(file, place, out):
+        seen.append(place)
+        begun.set()
+        assert go_on.wait(60)
+
+    monkeypatch.setattr(op, "_decode", decode)
+    batch = Batch(image=texts([b"x"] * 20))
+    batch.rows, batch.deadline = 20, None
+
+    async def main():
+        task = asyncio.ensure_future(op.run(batch))
+        await asyncio.to_thread(begun.wait, 60)
+        task.cancel()
+        await asyncio.wait([task])
+        go_on.set()
+        assert task.cancelled()
+
+    asyncio.run(main())
+    op._threads.shutdown()
+    assert seen == ["input 'image'[0]"]
 
 
 @pytest.mark.parametrize(

@@ -244,6 +244,7 @@ def test_two_may_record_at_once_and_one_who_leaves_watches_no_more(door):
 
     whole, busy = asyncio.run(main())
     assert busy.status == 429
+    assert "/debug/record: recordings: 2 are being made, at most 2 may be at once" in busy.body.decode()
     assert whole.status == 200
     assert dict(whole.headers)["x-requests"] == "2"
     assert zipfile.ZipFile(io.BytesIO(whole.body)).namelist() == ["x/0.npy", "x/1.npy"]
