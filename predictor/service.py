@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, TypeVar, cast
 
 import numpy as np
 
-from cube.errors import BadConfig, BadRequest, Internal, NotServed
+from cube.errors import BadConfig, BadRequest, DeadlineExceeded, Internal, NotServed
 from cube.rpc.calls import Call
 from predictor.batching import Batcher, Limits, Share
 from predictor.executor import TIMES, Executor, Rest, Run
@@ -31,6 +31,7 @@ log = logging.getLogger(__name__)
 # Rows that are answered together and alone, to see whether they mix: recorded ones, and made-up ones in several trials,
 # as whole numbers (the tags of a sentence) often come out the same whoever is beside them.
 _COMPANY, _MADE_UP, _TRIALS = 3, 16, 4
+_EARLY_S = 0.002  # by which a timer of the event loop may go off before its time
 _TRIALS_S = 2.0  # for all trials of a workflow; three rows are looked at in any case
 _BELOW = (1_000, 2, 1)  # what made-up integers are below: the first that the service does not refuse
 
@@ -345,7 +346,7 @@ class Service:
         if future.cancelled():
             gone = asyncio.CancelledError()
             self.lanes[0].left(future, gone)  # there is one: several are waited for by a coroutine
-            self._ended(call, began, rows, (), gone)
+            self._ended(call, began, rows, (), _late(call, gone))
         elif (error := future.exception()) is not None:
             self._ended(call, began, rows, (), error)
 
@@ -353,6 +354,9 @@ class Service:
         self.counts.in_flight += 1
         try:
             return await made
+        except asyncio.CancelledError as error:
+            self._ended(call, began, rows, (), _late(call, error))
+            raise
         except BaseException as error:
             self._ended(call, began, rows, (), error)
             raise
@@ -409,6 +413,16 @@ def _put_together(shares: Sequence[Share[Run]], make: Make) -> Any:
 
 def _itself(answer: T) -> T:
     return answer
+
+
+def _late(call: Call, gone: asyncio.CancelledError) -> BaseException:
+    """What a request that nobody waits for any more has ended by: its deadline, or its caller has left."""
+    if call.deadline is None or time.monotonic() < call.deadline - _EARLY_S:
+        return gone
+    late = DeadlineExceeded(f"{call.path}: no answer in time")
+    for note in getattr(gone, "__notes__", ()):
+        late.add_note(note)
+    return late
 
 
 async def _whole(answer: Any) -> Any:

@@ -99,8 +99,7 @@ class RestDoor:
         service = self._asked(request)
         with service.counts.reading:
             asked, raw = self._requests.read(request)
-            inputs = asked.values(raw)
-        call = _call(request, asked.timeout_us)
+            inputs, call = asked.values(raw), _call(request, asked.timeout_us)
         write = _unless_long(partial(response_of, asked))
         return _within(call, service.infer(inputs, asked.wanted, call, asked.priority, then=write))
 
@@ -109,8 +108,7 @@ class RestDoor:
     def _inference(self, request: Request) -> Made | Awaitable[Made]:
         service = self._asked(request)
         with service.counts.reading:
-            inputs = _of_instances(service, request)
-        call = _call(request)
+            inputs, call = _of_instances(service, request), _call(request)
         return _within(call, service.infer(inputs, (), call, then=_unless_long(_predictions)))
 
     async def _debug(self, request: Request) -> Response:

@@ -253,6 +253,32 @@ def test_so_many_requests_are_debugged_at_once_and_no_more():
     assert asyncio.run(main()) == [[200] * 4 + [429] * 5] * 2
 
 
+def test_who_is_late_and_who_has_left_and_who_asked_wrongly_are_counted_as_that():
+    service = service_of(*chain(Later(60)))
+    router = Router()
+    RestDoor(InferenceService([service])).add_to(router)
+    asked = {"inputs": [tensor("x", np.ones((1, 2), np.float32), "FP32")]}
+
+    def post(headers, **parameters):
+        body = json.dumps({**asked, "parameters": parameters}).encode()
+        answer = router.answer(Request("POST", "/v2/models/s/infer", headers=headers, body=body))
+        return asyncio.ensure_future(answer) if asyncio.iscoroutine(answer) else answer
+
+    async def main():
+        late = [post({"timeout-ms": "20"}), post({}, timeout=20_000), post({"timeout-ms": "20"})]
+        leaves = post({"timeout-ms": "60000"})
+        assert [(await one).status for one in late] == [504] * 3
+        leaves.cancel()
+        await asyncio.wait([leaves])
+        assert post({"timeout-ms": "soon"}).status == 400
+        await asyncio.sleep(0)
+
+    asyncio.run(main())
+    codes = service.counts.totals().by_code
+    assert codes == {"OK": 0, "DEADLINE_EXCEEDED": 3, "CANCELLED": 1, "INVALID_ARGUMENT": 1}
+    assert service.counts.in_flight == 0
+
+
 GOOD = tensor("x", X, "FP32")
 
 
