@@ -214,6 +214,25 @@ def test_a_program_of_a_fixed_number_of_samples_is_served_as_it_is(tmp_path, siz
     assert [t.name for t in program.inputs()] == ["x", "e"]
 
 
+@pytest.mark.parametrize(
+    ("op", "given", "attributes"),
+    [("Squeeze", ["zero"], {}), ("Reshape", ["all"], {}), ("Transpose", [], {"perm": [1, 0]})],
+)
+def test_ids_that_no_longer_begin_with_the_fixed_number_of_samples_stay(tmp_path, op, given, attributes):
+    """Their words would count as samples of a request."""
+    nodes = [
+        helper.make_node(op, ["ids", *given], ["words"], **attributes),
+        helper.make_node("Gather", ["t", "words"], ["e"]),
+        helper.make_node("ReduceMax", ["e"], ["y"], keepdims=0),
+    ]
+    tensors = {"t": TABLE, "zero": np.array([0]), "all": np.array([-1])}
+    inputs = [value("ids", [1, "length"], TensorProto.INT64)]
+    place = made(tmp_path / "m", nodes, tensors, inputs, [value("y", [])])
+    (candidate,) = survey(place)
+    assert not candidate.is_cut
+    assert "its ids, words, begin with a size that varies" in candidate.reason
+
+
 def test_a_mark_for_each_word_of_one_sentence_is_served_a_request_at_a_time(tmp_path):
     """As taggers put it out that are exported for one sentence: no size of the output counts samples."""
     inputs = [value("ids", [1, 2, "length"], TensorProto.INT64)]

@@ -182,6 +182,13 @@ class IdsFinder:
             ]
             if dims[:1] == [_UNKNOWN]:
                 return f"its ids are as many as {made[0].shape[0]} for {_TRIED[0]} samples, and not one after another"
+            if self._samples is None and dims:  # as many samples every time
+                other = self._trial(ids, _OTHER_SIZE + 1)
+                if other and other[0].shape[:1] != made[0].shape[:1]:
+                    return (
+                        f"its ids, {ids}, begin with a size that varies where the program takes as many samples every "
+                        "time: export it with the lookup before ids are squeezed, flattened or transposed"
+                    )
         # A later size may have the name of samples.
         samples = "samples" if self._samples and dims and isinstance(dims[0], int) else self._samples
         return servable.obstacle("its ids", dims, samples, _RECIPE)
