@@ -16,6 +16,7 @@ from cube.errors import BadData, DataCorrupt
 from cube.rows import RowFormat
 from trainer_tools import accuracy, criteo
 from trainer_tools.accuracy import Wanted
+from trainer_tools.pb.paddle_framework_pb2 import ProgramDesc
 from trainer_tools.programs import paddle
 from trainer_tools.prune_program import prune
 from trainer_tools.pruning import Options
@@ -134,6 +135,18 @@ def test_sequences_that_the_program_joins_have_to_be_as_long(model, tmp_path, st
     np.savez(tmp_path / "d.npz", **arrays, **{"marks.lengths": np.int32([3, 3])})
     with pytest.raises(BadData, match=r"'marks\.lengths' and 'words\.lengths': found different lengths"):
         prune(model("185-tagger"), tmp_path / "out", options)
+
+
+def test_a_program_of_a_fixed_number_of_samples_is_run_as_often_as_it_takes(model, tmp_path, stand_in):
+    place = model("331-ctr")
+    desc = ProgramDesc.FromString((place / "ctr.pdmodel").read_bytes())
+    for var in desc.blocks[0].vars:
+        dims = var.type.dense_tensor.tensor.dims
+        if not var.persistable and list(dims[:1]) == [-1]:
+            dims[0] = 8
+    (place / "ctr.pdmodel").write_bytes(desc.SerializeToString())
+    report = prune(place, tmp_path / "out", Options(paddle_python=stand_in))
+    assert (report.compared, report.largest_difference) == (4 * 8, 0)
 
 
 # ---- with Paddle ----
