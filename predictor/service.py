@@ -265,26 +265,24 @@ class Service:
         """See whether made-up rows mix. Raises what the workflows raise where they take none of them."""
         with self._uncounted():
             for lane in self.lanes:
-                if not lane.batcher.limits.is_on:
-                    continue
                 with ExitStack() as stack:
                     for step in lane.plan.steps:
                         if isinstance(step.node.op.within, Gather):
                             stack.enter_context(step.node.op.within.with_made_up_rows())
-                    until, below = time.monotonic() + _TRIALS_S, list(_BELOW)
-                    for trial in range(_TRIALS):
-                        while True:
-                            try:
-                                made_up = self.form.sample(_MADE_UP, trial, below[0])
-                                values = {name: made_up.values[name] for name in lane.plan.request}
-                                await lane.check_company(made_up._replace(values=values), until)
-                                break
-                            except (BadRequest, Internal):
-                                if len(below) == 1:
-                                    raise
-                                del below[0]
-                        if time.monotonic() > until:
-                            break
+                    await self._try_company(lane)
+
+    async def _try_company(self, lane: Lane) -> None:
+        until, below, trial = time.monotonic() + _TRIALS_S, list(_BELOW), 0
+        while lane.batcher.limits.is_on and trial < _TRIALS and (not trial or time.monotonic() < until):
+            try:
+                made_up = self.form.sample(_MADE_UP, trial, below[0])
+                values = {name: made_up.values[name] for name in lane.plan.request}
+                await lane.check_company(made_up._replace(values=values), until)
+                trial += 1
+            except (BadRequest, Internal):
+                if len(below) == 1:
+                    raise
+                del below[0]
 
     @contextmanager
     def _uncounted(self) -> Iterator[None]:
