@@ -142,8 +142,9 @@ def _refuse_if_for_one(original: _Session, cut: Cut[OnnxProgram], names: list[st
     except BadData:
         return
     dims = {dim for tensor in cut.trained.inputs() for dim in cut.trained.dims(tensor.name)[:1] if isinstance(dim, str)}
-    said = " ".join(f"--dim_param {dim} --dim_value 1" for dim in sorted(dims) if dim) or "--input_name INPUT ..."
-    recipe = f"python -m onnxruntime.tools.make_dynamic_shape_fixed {said} IN.onnx OUT.onnx"
+    said = [f"--dim_param {dim} --dim_value 1" for dim in sorted(dims) if dim] or ["--input_name INPUT ..."]
+    tool = "python -m onnxruntime.tools.make_dynamic_shape_fixed"  # which takes one name at a time
+    recipe = " && ".join(f"{tool} {what} {'OUT' if at else 'IN'}.onnx OUT.onnx" for at, what in enumerate(said))
     found = f"a program that runs on one sample only, though its inputs say any number: {error.found}"
     raise BadData(error.place, found, f"one for any number, or whose inputs say 1: {recipe}") from error
 
